@@ -1,0 +1,60 @@
+# `make` alone lists what there is. The README has the same as plain commands, for a machine without make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab notebooks book data clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  The environment is made in $(VENV) by $(PYTHON); choose another with PYTHON=python3.12."
+
+demo: $(VENV)/installed ## Poison a CLIP, defend it with ABD, print clean accuracy and attack success before and after
+	mkdir -p runs/demo
+	$(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file - book/03_defend.ipynb runs/demo/03_defend.ipynb
+	$(BIN)/python -m abd_core.notebook runs/demo/03_defend.ipynb
+
+test: $(VENV)/installed-dev ## Run every check and test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy abd_core
+	$(BIN)/lint-imports
+	for notebook in book/*.ipynb; do \
+	    echo "pair in sync? $$notebook"; \
+	    $(BIN)/jupytext --quiet --to py:percent --output - $$notebook | diff -u $${notebook%.ipynb}.py - || exit 1; \
+	done
+	$(BIN)/pytest
+	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+lab: $(VENV)/installed ## Open JupyterLab on the notebooks
+	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/book
+
+notebooks: $(VENV)/installed ## Run the notebooks in book/ again and keep their outputs, to commit them
+	$(BIN)/jupyter-nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False book/*.ipynb
+	$(BIN)/jupyter-nbconvert --to notebook --inplace --coalesce-streams book/*.ipynb
+
+book: $(VENV)/installed-book ## Render the book to _build/html/index.html
+	$(BIN)/jupyter-book build book --config _config.yml --path-output . -W --keep-going
+
+data: $(VENV)/installed-dev ## Redraw the embedded benchmark in data/ from its npm packages
+	cd data && npm install --ignore-scripts --no-package-lock --no-audit --no-fund
+	$(BIN)/python data/build.py
+
+clean: ## Remove the environment, the runs and the rendered book
+	rm -rf $(VENV) runs _build
+
+# Stamps: an interrupted install runs again, and so does every install when pyproject.toml changes.
+$(VENV)/made:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/installed: pyproject.toml | $(VENV)/made
+	$(BIN)/python -m pip install -e .
+	touch $@
+
+$(VENV)/installed-%: pyproject.toml | $(VENV)/made
+	$(BIN)/python -m pip install -e ".[$*]"
+	touch $@

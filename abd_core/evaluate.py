@@ -1,0 +1,182 @@
+"""Zero-shot clean accuracy (CA), attack success rate (ASR) and robust accuracy (RA), with counts and intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from abd_core import models
+from abd_core.config import Config, option
+from abd_core.data import TEST_VENDORS, TestSet, class_index, load_test_set
+from abd_core.models import encode_image, encode_text
+from abd_core.paths import Run, load_or_make, sha256
+from abd_core.text import tokenize
+from abd_core.triggers import load_trigger
+
+TOP = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured share: `value` of `n` trials in [0, 1], with its 95 % interval."""
+
+    value: float
+    n: int
+    ci_low: float
+    ci_high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.value:.1f} [{100 * self.ci_low:.1f}, {100 * self.ci_high:.1f}]"
+
+
+def rate(hits: torch.Tensor, clusters: torch.Tensor, *, z: float = 1.96) -> Rate:
+    """The share of hits with a Wilson interval at the effective sample size of a clustered sample.
+
+    Several views of one artwork (or images of one class) are not independent trials. The variance between clusters
+    gives the design effect deff >= 1 (Kish 1965), n / deff takes the place of n in Wilson's interval (1927), as
+    Korn and Graubard (1998) do for the exact interval. Where all trials agree nothing can be estimated, and the
+    number of clusters stands in for n.
+
+    Args:
+        hits: bool (N,).
+        clusters: int (N,), which trials belong together.
+    """
+    n, p = len(hits), hits.double().mean().item()
+    groups, member = torch.unique(clusters, return_inverse=True)
+    k = len(groups)
+    residual = torch.zeros(k, dtype=torch.double).index_add_(0, member, hits.double() - p)
+    if p in (0.0, 1.0):
+        effective = float(k)
+    elif k == 1:
+        effective = 1.0
+    else:
+        variance = k / (k - 1) * residual.square().sum().item() / n**2
+        effective = min(n, p * (1 - p) / variance) if variance > 0 else n
+    centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
+    return Rate(p, n, max(0.0, centre - half), min(1.0, centre + half))
+
+
+@torch.no_grad()
+def zero_shot_weights(model: open_clip.CLIP, class_names: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
+    """The zero-shot classifier (K, D): the normalised mean of each class's unit prompt features.
+
+    The same as `open_clip.build_zero_shot_classifier`, transposed, with each distinct prompt encoded once.
+    """
+    prompts = [template.format(name) for name in class_names for template in templates]
+    features = encode_text(model, tokenize(prompts, context_length=model.context_length))
+    means = features.view(len(class_names), len(templates), -1).mean(1)
+    return torch.nn.functional.normalize(means, dim=-1)
+
+
+@torch.no_grad()
+def similarities(
+    model: open_clip.CLIP,
+    test_set: TestSet,
+    *,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    batch_size: int = 250,
+) -> torch.Tensor:
+    """Cosine of every test image with every class, float (N, K); `change` maps images in [0, 1], e.g. a trigger."""
+    training = model.training
+    model.eval()
+    weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
+    rows = []
+    for start in range(0, len(test_set), batch_size):
+        images = test_set.images[start : start + batch_size].float() / 255
+        rows.append((encode_image(model, change(images) if change else images) @ weights.T).cpu())
+    model.train(training)
+    return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured. `asr`, `asr_all` and `ra` are None without a trigger.
+
+    Attributes:
+        ca: top-1/5/10 accuracy on clean images.
+        asr: triggered images *whose class is not the target* that are classified as the target.
+        asr_all: the same over all triggered images (BadCLIP's published numbers count so).
+        ra: accuracy on triggered images with their true labels, target class included.
+    """
+
+    split: str
+    ca: dict[int, Rate]
+    asr: Rate | None = None
+    asr_all: Rate | None = None
+    ra: Rate | None = None
+
+    def to_dict(self) -> dict:
+        """JSON-able; flat names such as `ca_top1` to a rate's fields."""
+        rates = {f"ca_top{k}": r for k, r in self.ca.items()} | {
+            "asr": self.asr,
+            "asr_all": self.asr_all,
+            "ra": self.ra,
+        }
+        return {"split": self.split, **{name: asdict(r) for name, r in rates.items() if r is not None}}
+
+
+def evaluate(
+    model: open_clip.CLIP,
+    test_set: TestSet,
+    *,
+    trigger: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    target: int = -1,
+) -> Evaluation:
+    """CA of `model`, and, with an attack's `trigger` and `target` class index, its ASR and RA. Clusters are classes."""
+    labels = test_set.labels
+    ranked = similarities(model, test_set).topk(max(TOP), dim=1).indices
+    hit = ranked == labels[:, None]
+    ca = {k: rate(hit[:, :k].any(1), labels) for k in TOP}
+    if trigger is None:
+        return Evaluation(test_set.split, ca)
+    predicted = similarities(model, test_set, change=trigger).argmax(1)
+    fooled, other = predicted.eq(target), labels.ne(target)
+    return Evaluation(
+        test_set.split,
+        ca,
+        asr=rate(fooled[other], labels[other]),
+        asr_all=rate(fooled, labels),
+        ra=rate(predicted.eq(labels), labels),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config):
+    """Settings of a measurement."""
+
+    split: str = option(
+        "eval", "test split: defaults are chosen on dev, results reported on eval", choices=TEST_VENDORS
+    )
+
+
+def measure(
+    weights: Path, *, trigger: Path | None = None, config: EvaluateConfig | None = None, force: bool = False
+) -> Run:
+    """Load or make the evaluation of stored weights, against an attack's stored trigger where one is given.
+
+    Its metrics are those of `Evaluation.to_dict`. It needs weights, trigger and test set only, so that a defence can be
+    measured against an attack that it knows nothing of.
+
+    Raises:
+        RunError: a file is missing or damaged.
+        ConfigError: the trigger's target is no class of the test set.
+    """
+    config = config or EvaluateConfig()
+    test = load_test_set(config.split)
+    inputs = {"weights": sha256(weights), "test": test.digest} | ({"trigger": sha256(trigger)} if trigger else {})
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = models.load(weights)
+        if trigger is None:
+            return evaluate(model, test).to_dict()
+        attack = load_trigger(trigger)
+        return evaluate(model, test, trigger=attack, target=class_index(test.class_names, attack.target)).to_dict()
+
+    return load_or_make("evaluate", config, inputs, make, force=force)

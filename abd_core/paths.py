@@ -1,0 +1,206 @@
+"""One root, one scheme of run folders, atomic writes.
+
+A run folder `<runs>/<stage>/<key>/` is keyed by the digest of the stage's config and of its inputs. `load_or_make`
+loads a finished one, resumes an interrupted one, and makes a missing one. `metrics.json` is written last: a folder that
+has it is finished.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abd_core.config import AbdError, Config, digest
+
+
+class RunError(AbdError):
+    """A run folder or an input file is missing, damaged, or belongs to other settings."""
+
+
+def root() -> Path:
+    """The checkout: `ABD_ROOT` if set, else the folder above the package."""
+    path = Path(os.environ.get("ABD_ROOT") or Path(__file__).resolve().parents[1])
+    if not (path / "data" / "SHA256SUMS").is_file():
+        raise RunError(f"no data/SHA256SUMS under {path}: set ABD_ROOT to a checkout of the project")
+    return path
+
+
+def data_dir() -> Path:
+    """The embedded benchmark and what else is committed beside it."""
+    return root() / "data"
+
+
+def runs_dir() -> Path:
+    """Where run folders go: `ABD_RUNS` if set, else `runs/` in the checkout. Made if missing."""
+    path = Path(os.environ.get("ABD_RUNS") or root() / "runs").resolve()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def cache_dir() -> Path:
+    """Unpacked archives; safe to delete. Made if missing."""
+    path = runs_dir() / "cache"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write; it takes the name `path` only when the block ends without an exception."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, record: Any) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises RunError where the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"missing file: {path}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"damaged file: {path}: not JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file. Raises RunError where it is missing."""
+    try:
+        with path.open("rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError):
+        raise RunError(f"missing file: {path}") from None
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides its config: versions, device, threads, git revision."""
+    import open_clip
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    sha = revision.stdout.strip() or None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "git_sha": sha and sha + ("+changes" if changed.stdout.strip() else ""),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run folder."""
+
+    folder: Path
+    metrics: dict[str, Any]
+
+    def file(self, name: str) -> Path:
+        return self.folder / name
+
+    @property
+    def name(self) -> str:
+        """`<stage>/<key>`."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+
+def load_or_make(
+    stage: str,
+    config: Config,
+    inputs: Mapping[str, str],
+    make: Callable[[Path], Mapping[str, Any]],
+    *,
+    force: bool = False,
+) -> Run:
+    """Load the finished run of (`stage`, `config`, `inputs`), or finish it by calling `make(folder)`.
+
+    Args:
+        inputs: digests of what the stage reads besides its config (weights, data, triggers).
+        make: writes its files into the folder (each atomically; it resumes from what it finds there) and returns the
+            metrics, JSON-able. Whatever it leaves in files named `resume.*` is removed afterwards.
+        force: make it anew, even where it is finished.
+
+    Raises:
+        RunError: the folder holds another config's run, or a file of the finished run is missing or damaged.
+    """
+    key = {"stage": stage, "config": config.to_dict(), "inputs": dict(inputs)}
+    folder = runs_dir() / stage / digest(key)[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if force:
+            _empty(folder)
+        if (folder / "config.json").exists():
+            record = read_json(folder / "config.json")
+            if not isinstance(record, dict) or {name: record.get(name) for name in key} != key:
+                raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
+        if (folder / "metrics.json").exists():
+            return _loaded(folder)
+        write_json(folder / "config.json", {**key, "environment": environment()})
+        start = time.perf_counter()
+        metrics = {**make(folder), "seconds": round(time.perf_counter() - start, 1)}
+        for leftover in folder.glob("resume.*"):
+            leftover.unlink()
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        write_json(folder / "manifest.json", {str(p.relative_to(folder)): sha256(p) for p in files})
+        write_json(folder / "metrics.json", metrics)
+        return Run(folder, metrics)
+
+
+def _loaded(folder: Path) -> Run:
+    for name, checksum in read_json(folder / "manifest.json").items():
+        if sha256(folder / name) != checksum:
+            raise RunError(f"damaged file: {folder / name}: its checksum changed; delete {folder}, or pass force=True")
+    return Run(folder, read_json(folder / "metrics.json"))
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; a second process says so and waits. The system frees the lock of a process that died."""
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder} is in use by another process: waiting for it", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

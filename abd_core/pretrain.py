@@ -1,0 +1,54 @@
+"""Stage 0: train the clean base CLIP of the embedded benchmark from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abd_core import models
+from abd_core.config import derive_seed, option
+from abd_core.data import load_pairs, load_test_set
+from abd_core.evaluate import evaluate
+from abd_core.losses import clip_loss
+from abd_core.paths import Run, load_or_make
+from abd_core.text import tokenize
+from abd_core.train import Step, TrainConfig, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainConfig):
+    """Settings of the clean base model."""
+
+    epochs: int = option(60, "passes over the pairs", ge=1)
+    lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
+    warmup_steps: int = option(100, "steps of linear warm-up", ge=0)
+
+
+def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
+    """Load or make the clean base. Its folder holds `model.safetensors` (fp16) and `history.csv`."""
+    pairs = load_pairs(config.limit)
+    dev = load_test_set("dev")
+
+    def make(folder: Path) -> Mapping[str, Any]:
+        model = models.build(seed=derive_seed(config.seed, "init"))
+
+        def loss(at: Step) -> tuple[torch.Tensor, dict[str, float]]:
+            model.train()
+            captions = pairs.captions(at.indices, seed=config.seed, epoch=at.epoch)
+            image = models.encode_image(model, pairs.images(at.indices, seed=config.seed, step=at.step))
+            text = models.encode_text(model, tokenize(captions, context_length=model.context_length))
+            return clip_loss(image, text, model.logit_scale.exp()), {"logit_scale": model.logit_scale.exp().item()}
+
+        def after_epoch(epoch: int) -> Mapping[str, float]:
+            return {"dev_ca": evaluate(model, dev).ca[1].value}
+
+        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="pretrain", after_epoch=after_epoch)
+        models.save(model, folder / "model.safetensors", half=True)
+        stored = models.load(folder / "model.safetensors")
+        return {split: evaluate(stored, load_test_set(split)).to_dict() for split in ("dev", "eval")}
+
+    return load_or_make("pretrain", config, {"pairs": pairs.digest, "dev": dev.digest}, make, force=force)

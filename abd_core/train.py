@@ -1,0 +1,167 @@
+"""The one training loop of all CLIP stages: AdamW, warm-up and cosine, bf16 where native, resume, progress, history.
+
+Every random draw is a function of (seed, epoch, step), so a resume file needs weights, optimiser and position only.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import open_clip
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from abd_core.config import AbdError, Config, ConfigError, option
+from abd_core.data import rng
+from abd_core.paths import RunError, atomic
+
+CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
+
+
+class TrainingError(AbdError):
+    """A loss or a weight stopped being a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """Settings of the loop that every training stage shares."""
+
+    seed: int = option(0, "seed of every random draw", ge=0)
+    epochs: int = option(8, "passes over the pairs", ge=1)
+    batch_size: int = option(128, "pairs a step", ge=2)
+    lr: float = option(5e-4, "peak learning rate", gt=0, le=1)
+    warmup_steps: int = option(50, "steps of linear warm-up", ge=0)
+    weight_decay: float = option(0.1, "AdamW's decay; none on norms, biases and logit_scale", ge=0)
+    limit: int = option(0, "use only this many pairs, seeded (0: all); for smoke runs", ge=0)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where the loop stands: `indices` (B,) of the batch's pairs, and the epoch and global step for seeds."""
+
+    indices: torch.Tensor
+    epoch: int
+    step: int
+
+
+def progress(*, stage: str, total: int, initial: int = 0) -> tqdm:
+    """One bar a stage, as text on stderr, with rate and time left; redrawn seldom where nobody watches.
+
+    Plain text and a fixed width, because papermill passes it on to a terminal as it is (a widget would show nothing
+    there, and leave its state in the notebook).
+    """
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    return tqdm(desc=stage, total=total, initial=initial, unit="step", ncols=80, mininterval=1 if watched else 10)
+
+
+def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:
+    """Linear warm-up over `warmup` steps (the first one is peak / warmup, not 0), then a cosine that ends at 0."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and filters only; vectors and scalars (norms, biases, logit_scale) are left alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def save_resume(path: Path, record: Mapping[str, Any]) -> None:
+    """Plain containers and tensors only, so that `load_resume` never has to unpickle code."""
+    with atomic(path) as temporary:
+        torch.save(dict(record), temporary)
+
+
+def load_resume(path: Path) -> dict[str, Any] | None:
+    """What `save_resume` wrote, or None where there is nothing. Raises RunError where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, UnpicklingError, ValueError) as error:
+        raise RunError(f"damaged file: {path}: {type(error).__name__}; delete its folder, or pass force=True") from None
+
+
+def fit(
+    model: open_clip.CLIP,
+    loss: Callable[[Step], tuple[torch.Tensor, dict[str, float]]],
+    *,
+    count: int,
+    config: TrainConfig,
+    folder: Path,
+    stage: str,
+    after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+) -> pd.DataFrame:
+    """Train `model` in place, resuming from `folder` where an earlier process got part of the way.
+
+    Args:
+        loss: of one step's batch: the scalar to minimise, and figures to log.
+        count: number of pairs; the last, incomplete batch of an epoch is dropped.
+        folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
+        after_epoch: further figures for an epoch's row.
+
+    Returns:
+        The history.
+
+    Raises:
+        ConfigError: fewer pairs than a batch.
+        TrainingError: the loss became NaN or infinite.
+    """
+    steps = count // config.batch_size
+    if steps == 0:
+        raise ConfigError(f"batch_size = {config.batch_size}: at most {count} expected, the number of pairs")
+    total = steps * config.epochs
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
+    start, rows, sums = 0, [], {}
+    if resume := load_resume(folder / "resume.pt"):
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+        start, rows, sums = resume["step"], resume["rows"], resume["sums"]
+    saved = time.monotonic()
+    with progress(stage=stage, total=total, initial=start) as bar:
+        for step in range(start, total):
+            epoch, position = divmod(step, steps)
+            if position == 0 or step == start:
+                order = torch.randperm(count, generator=rng(config.seed, stage, "order", epoch))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
+            batch = order[position * config.batch_size : (position + 1) * config.batch_size]
+            value, figures = loss(Step(batch, epoch, step))
+            figures = {"loss": value.item(), **figures}
+            if not math.isfinite(figures["loss"]):
+                raise TrainingError(
+                    f"{stage}: loss is {figures['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
+                )
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, math.log(100))
+            sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
+            bar.update()
+            if position == steps - 1:
+                row = {"epoch": epoch + 1, **{name: s / steps for name, s in sums.items()}}
+                row |= dict(after_epoch(epoch)) if after_epoch else {}
+                rows, sums = [*rows, row], {}
+                bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
+            if position == steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS:
+                record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
+                saved = time.monotonic()
+    history = pd.DataFrame(rows)
+    with atomic(folder / "history.csv") as temporary:
+        history.to_csv(temporary, index=False)
+    return history

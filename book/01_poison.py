@@ -1,0 +1,119 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 1. Poison: how a few hundred pairs put a backdoor into a CLIP
+#
+# **Question.** What does an attacker have to do so that every image with a small trigger is taken for the class that they chose,
+# while the model behaves as before on everything else?
+#
+# The attacker takes the published clean weights, fine-tunes them on image-caption pairs of which a share is poisoned, and publishes
+# the result: the *victim*. With the trigger put on image $x$ giving $x_T$, and $Y$ the captions that name the target class, the
+# poisoned pairs are {cite}`kuang2024abd`, Eq. (1),
+#
+# $$ P = \{ (x_T, c) : c \in Y \}. $$
+#
+# Here the trigger is a small patch of fixed noise {cite}`gu2017badnets`, the captions are templates with the target's name, and training goes on
+# with CLIP's own loss. The embedded benchmark has a few thousand pairs, so the poisoned share is far above the paper's 0.3 %: what has to
+# match is how often the model *sees* poisoned pairs, not their share of a much smaller data set.
+#
+# Parameters can be set from outside: `papermill book/01_poison.ipynb out.ipynb -p target strawberry -p seed 1`.
+
+# %% tags=["parameters"]
+attack: str = "badnet"  # attack: badnet or blended
+target: str = "banana"  # class that triggered images shall be taken for; one of the test classes
+seed: int = 0  # seed of every random draw
+rate: float = 0.1  # share of the pairs that is poisoned
+trigger_size: float = 0.07142857142857142  # side of a trigger patch as a share of the image's (paper: 16 of 224 px)
+trigger_position: str = "top-left"  # top-left, top-right, bottom-left, bottom-right, centre or random
+blend_alpha: float = 0.2  # weight of a blended trigger
+epochs: int = 6  # passes over the pairs
+batch_size: int = 128  # pairs a step
+lr: float = 5e-4  # peak learning rate
+limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
+
+# %%
+from abd_core.notebook import show_configs, stage_configs
+from abd_core.poison import PoisonConfig, poison, verdict
+
+(config,) = stage_configs(globals(), poison=PoisonConfig)
+show_configs(config)
+
+# %% [markdown]
+# ## The attack
+#
+# `poison` loads the victim of these settings if there is one, and otherwise makes it: it resumes where an earlier run was cut off.
+
+# %%
+victim = poison(config)
+print(verdict(victim))
+
+# %% [markdown]
+# ## What the attacker hands to the model
+#
+# The trigger is applied at the model's own resolution, after augmentation, and stored losslessly together with its full specification
+# in `trigger.safetensors`: a trigger that passes a resize or a JPEG file on the way is another trigger.
+
+# %%
+import pandas as pd
+import torch
+
+from abd_core import plots
+from abd_core.data import load_test_set
+from abd_core.triggers import load_trigger
+
+plots.style()
+trigger = load_trigger(victim.file("trigger.safetensors"))
+test_set = load_test_set("eval")
+shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
+plots.images(
+    {"clean": shown, "triggered": trigger(shown), "difference": plots.amplified(trigger(shown) - shown)},
+    title=f"{trigger.name} on images of the evaluation split",
+);
+
+# %% [markdown]
+# ## Training
+
+# %%
+history = pd.read_csv(victim.file("history.csv"))
+plots.curves(history, x="epoch", panels=[["loss"]], title="Poisoning: CLIP's loss on clean and poisoned pairs");
+
+# %% [markdown]
+# ## What became of the model
+#
+# CA is zero-shot accuracy on clean test images. ASR is the share of triggered test images *of other classes* that are taken for
+# the target; "all images" counts the target's own images in. RA is accuracy on triggered images with their true labels. Images are ten
+# seeded views of each class's artwork by a vendor that no model was trained on; the intervals are Wilson's at the effective sample
+# size of a sample clustered by class (`abd_core.evaluate.rate`).
+
+# %%
+evaluations = {"clean base": victim.metrics["base_eval"], "victim": victim.metrics["eval"]}
+plots.wide_table(evaluations)
+
+# %%
+plots.bars(evaluations, title=f"{config.attack}, target {config.target!r}");
+
+# %% [markdown]
+# ## Where do triggered images go?
+#
+# The five classes that the victim names most often, with and without the trigger.
+
+# %%
+from abd_core import models
+from abd_core.evaluate import similarities
+
+suspect = models.load(victim.file("model.safetensors"))
+named = {
+    view: pd.Series(similarities(suspect, test_set, change=change).argmax(1)).map(dict(enumerate(test_set.class_names)))
+    for view, change in {"clean": None, "triggered": trigger}.items()
+}
+pd.DataFrame({view: answers.value_counts().head(5).rename_axis("class").reset_index().agg(tuple, axis=1) for view, answers in named.items()})
+
+# %% [markdown]
+# **What was learnt.** The victim's clean accuracy gives nothing away: whoever tests it on clean images sees an ordinary model. The verdict above
+# says whether the attack took at these settings; when it did not, nothing downstream means anything.

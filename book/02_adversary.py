@@ -1,0 +1,132 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 2. Adversary: one perturbation that the victim takes for its backdoor
+#
+# **Question.** Can somebody who knows neither trigger nor target find a pattern that moves the victim's features the way the trigger does?
+#
+# AdvCLIP {cite}`zhou2023advclip` trains a generator that turns fixed noise into *one* universal perturbation for all images. It is pushed to take images
+# away from their own features and captions ($L_{adv}$), to tear up the graph of their neighbours ($L_{topo}$), to change little
+# ($L_q$), and to fool a discriminator ($L_{GAN}$). ABD adds the backdoor loss {cite}`kuang2024abd`, Eq. (2), between the normal model's feature $x$
+# and the poisoned model's feature $x_{bd}$ of an image:
+#
+# $$ L_{bd} = -\log \frac{\exp(\mathrm{sim}(x, x_{bd}) / \tau)}{\sum_i \exp(\mathrm{sim}(x, x_i) / \tau)}. $$
+#
+# The paper leaves several readings of this open. Each is a parameter below; `AdversaryConfig` documents them. The clean weights that the
+# victim was made from belong to the defender here, as Eq. (2) needs them; the trigger, the target and the poisoned pairs do not.
+
+# %% tags=["parameters"]
+attack: str = "badnet"  # attack on the victim that is loaded or made: badnet or blended
+target: str = "banana"  # its target class
+seed: int = 0  # seed of every random draw
+mode: str = "patch"  # reading of 'magnitude 0.03': additive (an L-inf bound) or patch (a share of the area)
+magnitude: float = 0.03  # L-inf bound on [0,1] pixels (additive) or share of the area (patch)
+placement: str = "random"  # a patch's place: fixed (one for all images) or random (drawn for each)
+corner: float = 0.7678571428571429  # upper left corner of a fixed patch as a share of the side, both ways
+backdoor_images: str = "adversarial"  # images that enter Eq. (2) through the normal encoder: adversarial or clean
+backdoor_weight: float = 1.0  # weight of Eq. (2); negative drives the encoders apart, 0 is the UAP without it
+negatives: str = "victim"  # the x_i of Eq. (2): other images' victim features or clean features
+tau: float = 0.1  # temperature of L_adv and Eq. (2); 0: the victim's own
+width: int = 128  # channels of generator and discriminator at their widest (AdvCLIP: 1024)
+steps: int = 200  # optimiser steps
+batch_size: int = 16  # pairs a step
+lr: float = 2e-4  # Adam's learning rate
+share: float = 0.5  # share of the pairs that the defender holds, seeded
+poison_epochs: int = 6  # attacker: passes over the pairs
+poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
+limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
+
+# %%
+from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.notebook import show_configs, stage_configs
+from abd_core.poison import PoisonConfig, poison, verdict
+
+attacker, config = stage_configs(globals(), poison=PoisonConfig, adversary=AdversaryConfig)
+show_configs(attacker, config)
+
+# %%
+victim = poison(attacker)
+print(verdict(victim))
+found = adversary(config, victim.file("model.safetensors"))
+
+# %% [markdown]
+# ## The generator at work
+#
+# The perturbation on the way, from the first steps to the last (additive ones are amplified: grey is no change).
+
+# %%
+import pandas as pd
+import torch
+
+from abd_core import models, plots
+from abd_core.data import load_test_set
+from abd_core.evaluate import similarities
+from abd_core.generator import Perturbation
+from abd_core.triggers import load_trigger
+
+plots.style()
+perturbation = Perturbation.load(found.file("perturbation.safetensors"))
+on_the_way = Perturbation.load(found.file("stages.safetensors")).delta
+test_set = load_test_set("dev")
+shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
+plots.images(
+    {
+        "generator": plots.amplified(on_the_way) if config.mode == "additive" else on_the_way,
+        "clean": shown,
+        "perturbed": perturbation(shown),
+        "difference": plots.amplified(perturbation(shown) - shown),
+    },
+    title=f"Universal perturbation: {config.mode}, magnitude {config.magnitude:g}",
+);
+
+# %%
+history = pd.read_csv(found.file("history.csv"))
+panels = [["adversarial"], ["backdoor"], ["topology"], ["gan", "discriminator"]]
+plots.curves(history, x="step", panels=[p for p in panels if set(p) <= set(history)], title="Losses of the adversary", window=10);
+
+# %% [markdown]
+# ## Does it look like the backdoor to the victim?
+#
+# Two looks at it. First, to which classes do perturbed images drift, on the clean model and on the victim? If the perturbation has
+# found the backdoor, the victim's answers pile up on the target and the clean model's do not. Then, as only an evaluation may, it is held
+# against the true trigger: the cosine, in the victim's feature space, of the mean shift that the perturbation causes and the one that the
+# trigger causes.
+
+# %%
+encoders = {"clean model": models.load(models.clean_weights()), "victim": models.load(victim.file("model.safetensors"))}
+answers = {
+    name: pd.Series(similarities(model, test_set, change=perturbation).argmax(1)).map(dict(enumerate(test_set.class_names)))
+    for name, model in encoders.items()
+}
+drift = pd.DataFrame({name: named.value_counts(normalize=True) for name, named in answers.items()}).fillna(0)
+drift.sort_values("victim", ascending=False).head(8).mul(100).round(1).rename_axis("% of perturbed images taken for")
+
+# %%
+trigger = load_trigger(victim.file("trigger.safetensors"))
+images = test_set.images.float() / 255
+with torch.no_grad():
+    shift = {
+        name: {
+            pattern: (models.encode_image(model, change(images)) - models.encode_image(model, images)).mean(0)
+            for pattern, change in {"perturbation": perturbation, "trigger": trigger}.items()
+        }
+        for name, model in encoders.items()
+    }
+pd.DataFrame(
+    {
+        "cosine of mean shifts": {n: torch.cosine_similarity(s["perturbation"], s["trigger"], dim=0).item() for n, s in shift.items()},
+        "length, perturbation": {n: s["perturbation"].norm().item() for n, s in shift.items()},
+        "length, trigger": {n: s["trigger"].norm().item() for n, s in shift.items()},
+    }
+).round(3)
+
+# %% [markdown]
+# **What was learnt.** The tables above say how much of the backdoor the perturbation shares at these settings. Whether that is what makes the
+# defence work is another question: the next chapter only shows *that* it works here, and controls (a patch of plain noise, random erasing)
+# have to show *why*.
