@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import torch
 
 from abd_core import models
-from abd_core.config import derive_seed, option
+from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import load_pairs, load_test_set
 from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
-from abd_core.paths import Run, load_or_make
+from abd_core.paths import Run, load_or_make, read_json
 from abd_core.text import tokenize
 from abd_core.train import Step, TrainConfig, fit
 
@@ -25,11 +26,27 @@ class PretrainConfig(TrainConfig):
 
     epochs: int = option(60, "passes over the pairs", ge=1)
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
+    retrain: bool = option(False, "train the base anew instead of loading the committed one")
     warmup_steps: int = option(100, "steps of linear warm-up", ge=0)
 
 
 def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
-    """Load or make the clean base. Its folder holds `model.safetensors` (fp16) and `history.csv`."""
+    """The clean base: the committed one, or with `config.retrain` one that is loaded or made like any other run.
+
+    A retrained run's folder holds `model.safetensors` (fp16) and `history.csv`; `python -m abd_core.pretrain` made the
+    committed files in `data/base/` from such a run.
+
+    Raises:
+        ConfigError: settings other than the committed base's without `retrain`.
+    """
+    if not config.retrain:
+        folder = models.clean_weights().parent
+        recipe = read_json(folder / "config.json")["config"]
+        if changed := [name for name, value in config.to_dict().items() if name != "retrain" and value != recipe[name]]:
+            raise ConfigError(
+                f"PretrainConfig.{changed[0]}: the committed base was trained otherwise; set retrain=True"
+            )
+        return Run(folder, read_json(folder / "metrics.json"))
     pairs = load_pairs(config.limit)
     dev = load_test_set("dev")
 
@@ -52,3 +69,16 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         return {split: evaluate(stored, load_test_set(split)).to_dict() for split in ("dev", "eval")}
 
     return load_or_make("pretrain", config, {"pairs": pairs.digest, "dev": dev.digest}, make, force=force)
+
+
+def publish(run: Run) -> None:
+    """Copy a retrained run into `data/base/`, as the clean base that everything else starts from."""
+    folder = models.clean_weights().parent
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "metrics.json", "history.csv"):
+        shutil.copyfile(run.file(name), folder / name)
+    shutil.copyfile(run.file("model.safetensors"), models.clean_weights())
+
+
+if __name__ == "__main__":
+    publish(pretrain(PretrainConfig(retrain=True)))

@@ -1,0 +1,115 @@
+"""The notebooks as papermill runs them: at smoke size, from another folder, with good and with bad parameters."""
+
+import ast
+import dataclasses
+import os
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.exceptions import PapermillExecutionError
+
+from abd_core.adversary import AdversaryConfig
+from abd_core.defend import DefendConfig
+from abd_core.notebook import SHARED, summary
+from abd_core.poison import PoisonConfig
+from abd_core.pretrain import PretrainConfig
+
+BOOK = Path(__file__).parents[1] / "book"
+STAGES = {
+    "00_benchmark": {"pretrain": PretrainConfig},
+    "01_poison": {"poison": PoisonConfig},
+    "02_adversary": {"poison": PoisonConfig, "adversary": AdversaryConfig},
+    "03_defend": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
+}
+SMOKE = {
+    "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
+    "01_poison": {"epochs": 1, "limit": 256},
+    "02_adversary": {"poison_epochs": 1, "limit": 256, "steps": 2},
+    "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
+}
+SETS = {
+    "00_benchmark": [{}, {"seed": 1, "batch_size": 64}],
+    "01_poison": [{}, {"attack": "blended", "target": "strawberry", "seed": 1, "rate": "0.5"}],
+    "02_adversary": [{}, {"mode": "additive", "backdoor_images": "clean", "negatives": "clean", "placement": "fixed"}],
+    "03_defend": [
+        {},
+        {"attack": "blended", "mode": "additive", "view": "both", "batch_norm": "frozen", "eda": "false"},
+    ],
+}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ABD_RUNS", str(tmp_path / "runs"))
+
+
+def run(name, parameters, out="out.ipynb"):
+    return papermill.execute_notebook(BOOK / f"{name}.ipynb", out, parameters, progress_bar=False)
+
+
+def outputs(notebook, kind):
+    return [output for cell in notebook.cells for output in cell.get("outputs", []) if output.output_type == kind]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in STAGES for extra in SETS[name]])
+def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(name, extra):
+    notebook = run(name, {**SMOKE[name], **extra})
+    shown = outputs(notebook, "display_data") + outputs(notebook, "execute_result")
+    assert any("image/png" in output.data for output in shown)
+    assert any("text/html" in output.data for output in shown)
+    assert not [o for o in shown if "application/vnd.jupyter.widget-view+json" in o.data]
+    if name == "03_defend":
+        text = summary(Path("out.ipynb"))
+        assert "ASR" in text and "ATTACK DID NOT TAKE" in text and Path(text.split("Figure: ")[1].strip()).is_file()
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(name):
+    shown = papermill.inspect_notebook(BOOK / f"{name}.ipynb")
+    stages = list(STAGES[name].items())
+    for parameter, record in shown.items():
+        assert record["help"] and record["inferred_type_name"] != "None", parameter
+        stage, _, field = parameter.partition("_")
+        homes = [kind for _, kind in reversed(stages) if parameter in kind.names()]
+        homes = homes if parameter in SHARED else homes[:1]
+        homes = [(kind, parameter) for kind in homes] or [(dict(stages)[stage], field)]
+        for kind, setting in homes:
+            default = {f.name: f.default for f in dataclasses.fields(kind)}[setting]
+            assert ast.literal_eval(record["default"]) == default, parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "line"),
+    [
+        ("01_poison", {"epoch": 3}, "ConfigError: unknown parameter 'epoch'; did you mean 'epochs'?"),
+        ("01_poison", {"target": "bananna"}, "ConfigError: unknown class 'bananna'; did you mean 'banana'?"),
+        (
+            "01_poison",
+            {"attack": "wanet"},
+            "ConfigError: PoisonConfig.attack = 'wanet': one of 'badnet', 'blended' expected",
+        ),
+        ("01_poison", {"rate": 1.5}, "ConfigError: PoisonConfig.rate = 1.5: ≥ 0 and ≤ 1 expected"),
+        ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),
+        ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
+        ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
+    ],
+)
+def test_bad_parameter_ends_in_one_line_before_any_work(name, parameters, line, tmp_path):
+    with pytest.raises(PapermillExecutionError) as caught:
+        run(name, parameters)
+    assert line in caught.value.evalue or line in f"{caught.value.ename}: {caught.value.evalue}"
+    assert len(caught.value.traceback) == 1 and "\n" not in caught.value.traceback[0]
+    assert not list((tmp_path / "runs").glob("*/*/history.csv"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_committed_notebook_has_the_outputs_of_a_whole_run(name):
+    notebook = nbformat.read(BOOK / f"{name}.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not outputs(notebook, "error")
+    assert os.path.getsize(BOOK / f"{name}.ipynb") < 3e6
