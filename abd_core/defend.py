@@ -87,9 +87,9 @@ class DefendConfig(TrainConfig):
         "train", "BatchNorm in fine-tuning: batch statistics, or the victim's", choices=("train", "frozen")
     )
     share: float = option(0.5, "share of the pairs that the defender holds, seeded", gt=0, le=1)
-    epochs: int = option(4, "passes over the pairs", ge=1)
+    epochs: int = option(5, "passes over the pairs", ge=1)
     batch_size: int = option(64, "pairs a step", ge=2)
-    lr: float = option(5e-4, "peak learning rate", gt=0, le=1)
+    lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:

@@ -58,7 +58,7 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
 
 def clean_weights() -> Path:
     """The published clean weights of the embedded benchmark (`pretrain` made them)."""
-    return data_dir() / "base" / f"{EMBEDDED}.safetensors"
+    return data_dir() / "base" / "model.safetensors"
 
 
 def save(model: open_clip.CLIP, path: Path, *, name: str = EMBEDDED, half: bool = False) -> None:

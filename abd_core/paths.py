@@ -58,12 +58,18 @@ def cache_dir() -> Path:
     return path
 
 
+def shown(path: Path) -> str:
+    """A path to print: relative to the checkout where it lies inside."""
+    return str(path.relative_to(root()) if path.is_relative_to(root()) else path)
+
+
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary sibling to write; it takes the name `path` only when the block ends without an exception."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o644)  # safetensors makes its files private
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -102,7 +108,7 @@ def environment() -> dict[str, Any]:
     git = ["git", "-C", str(Path(__file__).parent)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    sha = revision.stdout.strip() or None
+    sha = revision.stdout.strip() if revision.returncode == 0 else None
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -167,7 +173,7 @@ def load_or_make(
             if not isinstance(record, dict) or {name: record.get(name) for name in key} != key:
                 raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
         if (folder / "metrics.json").exists():
-            return _loaded(folder)
+            return load_run(folder)
         write_json(folder / "config.json", {**key, "environment": environment()})
         start = time.perf_counter()
         metrics = {**make(folder), "seconds": round(time.perf_counter() - start, 1)}
@@ -179,7 +185,12 @@ def load_or_make(
         return Run(folder, metrics)
 
 
-def _loaded(folder: Path) -> Run:
+def load_run(folder: Path) -> Run:
+    """A finished run, its files checked against their recorded checksums.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
     for name, checksum in read_json(folder / "manifest.json").items():
         if sha256(folder / name) != checksum:
             raise RunError(f"damaged file: {folder / name}: its checksum changed; delete {folder}, or pass force=True")

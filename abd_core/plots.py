@@ -53,11 +53,18 @@ def results_table(
 
 
 def wide_table(evaluations: Mapping[str, Mapping[str, Any]], metrics: Sequence[str] = tuple(METRICS)) -> pd.DataFrame:
-    """The same to read: a row a metric, a column a model, cells `value [low, high]` in %, and n."""
+    """The same to read: a row a metric, a column a model, cells `value [low, high]` in %, and n.
+
+    Raises:
+        ValueError: the models were measured on different numbers of images.
+    """
     long = results_table(evaluations, metrics)
     cells = long.assign(cell=[f"{r.value:.1f} [{r.ci_low:.1f}, {r.ci_high:.1f}]" for r in long.itertuples()])
     wide = cells.pivot(index="metric", columns="model", values="cell").loc[long["metric"].unique(), list(evaluations)]
-    wide["n"] = long.groupby("metric")["n"].max().loc[wide.index]
+    counts = long.groupby("metric")["n"]
+    if (counts.nunique() > 1).any():
+        raise ValueError("wide_table: the models were measured on different numbers of images")
+    wide["n"] = counts.first().loc[wide.index]
     wide.columns.name = None
     wide.index.name = "% [95 % interval]"
     return wide
@@ -69,7 +76,7 @@ def bars(
     """Grouped bars with 95 % intervals, in %, a group a metric and a bar a model."""
     long = results_table(evaluations, metrics)
     models = list(evaluations)
-    figure, axes = plt.subplots(figsize=(1.6 + 2.4 * len(metrics), 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(2 + 0.8 * len(metrics) * len(models), 3.6), layout="constrained")
     width = 0.8 / len(models)
     for i, model in enumerate(models):
         part = long[long["model"] == model]

@@ -35,7 +35,7 @@ class PoisonConfig(TrainConfig):
     trigger_position: str = option("top-left", "where a trigger patch goes", choices=POSITIONS)
     blend_alpha: float = option(0.2, "weight of a blended trigger", gt=0, le=1)
     epochs: int = option(6, "passes over the pairs", ge=1)
-    lr: float = option(5e-4, "peak learning rate", gt=0, le=1)
+    lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
 
 
 def poison(config: PoisonConfig, *, force: bool = False) -> Run:

@@ -15,7 +15,7 @@ from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import load_pairs, load_test_set
 from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
-from abd_core.paths import Run, load_or_make, read_json
+from abd_core.paths import Run, data_dir, load_or_make, load_run, read_json
 from abd_core.text import tokenize
 from abd_core.train import Step, TrainConfig, fit
 
@@ -34,19 +34,19 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
     """The clean base: the committed one, or with `config.retrain` one that is loaded or made like any other run.
 
     A retrained run's folder holds `model.safetensors` (fp16) and `history.csv`; `python -m abd_core.pretrain` made the
-    committed files in `data/base/` from such a run.
+    committed files in `data/base/` in this way.
 
     Raises:
         ConfigError: settings other than the committed base's without `retrain`.
     """
     if not config.retrain:
-        folder = models.clean_weights().parent
-        recipe = read_json(folder / "config.json")["config"]
+        committed = load_run(data_dir() / "base")
+        recipe = read_json(committed.file("config.json"))["config"]
         if changed := [name for name, value in config.to_dict().items() if name != "retrain" and value != recipe[name]]:
             raise ConfigError(
                 f"PretrainConfig.{changed[0]}: the committed base was trained otherwise; set retrain=True"
             )
-        return Run(folder, read_json(folder / "metrics.json"))
+        return committed
     pairs = load_pairs(config.limit)
     dev = load_test_set("dev")
 
@@ -71,14 +71,6 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
     return load_or_make("pretrain", config, {"pairs": pairs.digest, "dev": dev.digest}, make, force=force)
 
 
-def publish(run: Run) -> None:
-    """Copy a retrained run into `data/base/`, as the clean base that everything else starts from."""
-    folder = models.clean_weights().parent
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "metrics.json", "history.csv"):
-        shutil.copyfile(run.file(name), folder / name)
-    shutil.copyfile(run.file("model.safetensors"), models.clean_weights())
-
-
-if __name__ == "__main__":
-    publish(pretrain(PretrainConfig(retrain=True)))
+if __name__ == "__main__":  # make the clean base that everything else starts from
+    made = pretrain(PretrainConfig(retrain=True))
+    shutil.copytree(made.folder, data_dir() / "base", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))

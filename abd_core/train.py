@@ -157,7 +157,7 @@ def fit(
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}
                 bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
-            if position == steps - 1 or time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if time.monotonic() - saved > CHECKPOINT_SECONDS:
                 record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
                 saved = time.monotonic()

@@ -88,7 +88,8 @@ plots.images(
 # %%
 history = pd.read_csv(found.file("history.csv"))
 panels = [["adversarial"], ["backdoor"], ["topology"], ["gan", "discriminator"]]
-plots.curves(history, x="step", panels=[p for p in panels if set(p) <= set(history)], title="Losses of the adversary", window=10);
+panels = [panel for panel in panels if set(panel) <= set(history)]
+plots.curves(history, x="step", panels=panels, title="Losses of the adversary", window=10);
 
 # %% [markdown]
 # ## Does it look like the backdoor to the victim?
@@ -99,9 +100,10 @@ plots.curves(history, x="step", panels=[p for p in panels if set(p) <= set(histo
 # trigger causes.
 
 # %%
-encoders = {"clean model": models.load(models.clean_weights()), "victim": models.load(victim.file("model.safetensors"))}
+weights = {"clean model": models.clean_weights(), "victim": victim.file("model.safetensors")}
+encoders = {name: models.load(path) for name, path in weights.items()}
 answers = {
-    name: pd.Series(similarities(model, test_set, change=perturbation).argmax(1)).map(dict(enumerate(test_set.class_names)))
+    name: pd.Series([test_set.class_names[i] for i in similarities(model, test_set, change=perturbation).argmax(1)])
     for name, model in encoders.items()
 }
 drift = pd.DataFrame({name: named.value_counts(normalize=True) for name, named in answers.items()}).fillna(0)
@@ -120,11 +122,14 @@ with torch.no_grad():
     }
 pd.DataFrame(
     {
-        "cosine of mean shifts": {n: torch.cosine_similarity(s["perturbation"], s["trigger"], dim=0).item() for n, s in shift.items()},
-        "length, perturbation": {n: s["perturbation"].norm().item() for n, s in shift.items()},
-        "length, trigger": {n: s["trigger"].norm().item() for n, s in shift.items()},
+        name: {
+            "cosine of the mean shifts": torch.cosine_similarity(both["perturbation"], both["trigger"], dim=0).item(),
+            "length, perturbation": both["perturbation"].norm().item(),
+            "length, trigger": both["trigger"].norm().item(),
+        }
+        for name, both in shift.items()
     }
-).round(3)
+).T.round(3)
 
 # %% [markdown]
 # **What was learnt.** The tables above say how much of the backdoor the perturbation shares at these settings. Whether that is what makes the

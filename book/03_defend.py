@@ -29,11 +29,11 @@ placement: str = "random"  # a patch's place: fixed (one for all images) or rand
 backdoor_weight: float = 1.0  # weight of Eq. (2); negative drives the encoders apart, 0 is the UAP without it
 view: str = "replace"  # the perturbed image replaces the clean one (replace), or both are in the batch (both)
 eda: bool = True  # augment captions by EDA
-batch_norm: str = "train"  # BatchNorm in fine-tuning: batch statistics (train), or the victim's (frozen)
+batch_norm: str = "frozen"  # BatchNorm in fine-tuning: batch statistics (train), or the victim's (frozen)
 share: float = 0.5  # share of the pairs that the defender holds, seeded
-epochs: int = 4  # passes over the pairs
+epochs: int = 5  # passes over the pairs
 batch_size: int = 64  # pairs a step
-lr: float = 5e-4  # peak learning rate
+lr: float = 1e-3  # peak learning rate
 trigger_position: str = "top-left"  # attacker: top-left, top-right, bottom-left, bottom-right, centre or random
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 poison_epochs: int = 6  # attacker: passes over the pairs
@@ -46,7 +46,9 @@ from abd_core.defend import DefendConfig, defend
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
 
-attacker, searcher, config = stage_configs(globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig)
+attacker, searcher, config = stage_configs(
+    globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig
+)
 show_configs(attacker, searcher, config)
 
 # %% [markdown]
@@ -74,6 +76,7 @@ from abd_core import models, plots
 from abd_core.data import load_pairs, load_test_set
 from abd_core.evaluate import measure, zero_shot_weights
 from abd_core.generator import Perturbation
+from abd_core.paths import data_dir, shown
 from abd_core.text import augment
 from abd_core.triggers import load_trigger
 
@@ -82,12 +85,16 @@ perturbation = Perturbation.load(found.file("perturbation.safetensors"))
 pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
 first = torch.arange(0, len(pairs), max(1, len(pairs) // 8))[:8]
 clean = pairs.images(first, seed=config.seed, step=0)
-plots.images({"clean": clean, "perturbed": perturbation(clean), "difference": plots.amplified(perturbation(clean) - clean)}, title="Training images");
+perturbed = perturbation(clean)
+plots.images(
+    {"clean": clean, "perturbed": perturbed, "difference": plots.amplified(perturbed - clean)}, title="Training images"
+);
 
 # %%
 captions = pairs.captions(first, seed=config.seed, epoch=0)
 ids = [pairs.ids[i] for i in first]
-pd.DataFrame({"caption": captions} | {f"EDA, epoch {e + 1}": augment(captions, seed=config.seed, epoch=e, ids=ids) for e in range(2)})
+fresh = {f"EDA, epoch {e + 1}": augment(captions, seed=config.seed, epoch=e, ids=ids) for e in range(2)}
+pd.DataFrame({"caption": captions, **fresh})
 
 # %%
 plots.curves(pd.read_csv(defended.file("history.csv")), x="epoch", panels=[["loss"]], title="Defence: CLIP's loss");
@@ -108,7 +115,8 @@ evaluations = {
 plots.wide_table(evaluations)
 
 # %%
-figure = plots.bars(evaluations, title=f"{config.defence} against {attacker.attack}, target {attacker.target!r}, seed {config.seed}")
+title = f"{config.defence} against {attacker.attack}, target {attacker.target!r}, seed {config.seed}"
+figure = plots.bars(evaluations, title=title)
 figure.savefig(defended.file("before_after.png"))
 
 # %% [markdown]
@@ -134,8 +142,37 @@ pd.DataFrame({"true class": [names[i] for i in test_set.labels[chosen]], **answe
 # %% tags=["summary"]
 print(plots.wide_table(evaluations, ["ca_top1", "asr", "ra"]).to_string())
 print(verdict(victim))
-print(f"Figure: {defended.file('before_after.png')}")
+print(f"Figure: {shown(defended.file('before_after.png'))}")
 
 # %% [markdown]
-# **What was learnt.** At these settings the table above is the answer, for one seed on a small benchmark. It does not yet say that the
-# *adversarial* part of ABD did the work: see the controls of the development search in chapter 0's results table.
+# ## Is it more than luck, and is it ABD?
+#
+# One run shows that it can work. The committed table below (`python benchmarks/defence.py evaluation`) has the default
+# attack and defence at several seeds on the evaluation split, and beside it plain fine-tuning (FT) of the same length
+# and learning rate, with nothing added: whatever FT reaches too is not owed to the perturbation or to EDA.
+
+# %%
+reported = pd.read_csv(data_dir() / "results" / "evaluation.csv")
+wide = reported.assign(value=100 * reported["value"]).pivot_table(
+    index=["setting", "seed"], columns="metric", values="value"
+)
+wide[["ca_top1", "asr", "ra"]].rename(columns=plots.METRICS).round(1)
+
+# %% [markdown]
+# ## How the defaults were chosen
+#
+# By the table of `python benchmarks/defence.py development`, on another split and other seeds than the one above: each
+# row changes the default in one thing. The aim was the lowest ASR at no more than five points of CA below the victim.
+
+# %%
+searched = pd.read_csv(data_dir() / "results" / "development.csv")
+wide = searched.assign(value=100 * searched["value"]).pivot_table(
+    index="setting", columns="metric", values="value", aggfunc="mean"
+)
+wide["seeds"] = searched.groupby("setting")["seed"].nunique()
+wide[["ca_top1", "asr", "ra", "seeds"]].rename(columns=plots.METRICS).round(1).sort_values("ASR")
+
+# %% [markdown]
+# **What was learnt.** At these settings the backdoor goes, and the price in clean accuracy is in the tables. The same
+# tables say whether ABD's perturbation is what removes it: compare its rows with plain fine-tuning and with the patch of
+# an untrained generator. A patch of noise, random erasing and the other defences follow in later chapters.

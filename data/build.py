@@ -91,7 +91,7 @@ def render(svg: str) -> np.ndarray:
 
 
 def choose_classes(concepts: list[dict]) -> list[dict]:
-    """The test classes: drawn by every vendor, named in one or two words, picturing a thing, no name inside another.
+    """The test classes: drawn by every vendor, named in one or two words, picturing a thing, no two sharing a word.
 
     The rule was fixed before any model was trained; from what it admits, 100 are drawn with a fixed seed.
     """

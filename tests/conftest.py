@@ -1,0 +1,145 @@
+"""Shared by all tests: run folders in a temporary place, and a small untrained CLIP in the place of the clean base."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from abd_core import adversary, data, defend, evaluate, models, poison, pretrain
+from abd_core.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHITECTURE = "stand-in"  # of the embedded base's kind and image size, with a sixtieth of its arithmetic
+LAYOUT = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+EMBEDDED_BASE = models.clean_weights  # the real one, for the tests of what is committed
+
+
+def use_stand_in(folder: Path, put: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Let every stage start from the stand-in in `folder` and test on one view a class; `put` is a `setattr`."""
+    open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
+    put(models, "clean_weights", lambda: folder / "base.safetensors")
+    one_view = functools.partial(data.load_test_set, views=1)
+    for module in (pretrain, poison, defend, evaluate):
+        put(module, "load_test_set", one_view)
+
+
+def write_stand_in(path: Path, *, seed: int) -> Path:
+    """A freshly initialised CLIP of the stand-in's architecture."""
+    models.save(models.build(ARCHITECTURE, seed=seed), path, name=ARCHITECTURE, half=True)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """No test writes into the checkout: a session's runs and unpacked archives go to a temporary folder."""
+    folder = tmp_path_factory.mktemp("session_runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ABD_RUNS", str(folder))
+        yield folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path, session_runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder for runs; the unpacked archives are those of the session."""
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (session_runs / "cache").mkdir(exist_ok=True)
+    (folder / "cache").symlink_to(session_runs / "cache")
+    monkeypatch.setenv("ABD_RUNS", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stand_in_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the stand-in's architecture, the clean base `base.safetensors` and a suspect `victim.safetensors`."""
+    folder = tmp_path_factory.mktemp("stand_in")
+    (folder / f"{ARCHITECTURE}.json").write_text(json.dumps(LAYOUT))
+    open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
+    write_stand_in(folder / "base.safetensors", seed=0)
+    write_stand_in(folder / "victim.safetensors", seed=1)
+    return folder
+
+
+@pytest.fixture
+def stand_in(stand_in_folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the stand-in, which every stage now takes for the clean base; runs start empty."""
+    use_stand_in(stand_in_folder, monkeypatch.setattr)
+    return stand_in_folder
+
+
+@pytest.fixture
+def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full precision, also where the device computes natively in bf16."""
+    monkeypatch.setattr(models, "autocast", lambda on=None: torch.autocast("cpu", enabled=False))
+
+
+@pytest.fixture
+def fresh_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`abd_core.data` forgets what it read, before the test and after it."""
+    cached = [value for value in vars(data).values() if hasattr(value, "cache_clear")]
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+class Bomb:
+    """Unpickling it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.marker,)
+
+
+def load_script(path: Path) -> ModuleType:
+    """A file outside the package as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def start_python(script: str, **environment: str) -> subprocess.Popen:
+    """A child interpreter that runs `script` with this checkout's package and these helpers importable."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def without_time(metrics: dict) -> dict:
+    return {name: value for name, value in metrics.items() if name != "seconds"}
+
+
+def concrete_configs() -> list[type[Config]]:
+    return [
+        pretrain.PretrainConfig,
+        poison.PoisonConfig,
+        adversary.AdversaryConfig,
+        defend.DefendConfig,
+        evaluate.EvaluateConfig,
+    ]

@@ -1,0 +1,573 @@
+"""The stages from end to end, at a tiny size: load or make, seeds, options, and a process that is killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import start_python, without_time
+from safetensors.torch import load_file
+
+from abd_core import models, paths, train
+from abd_core import poison as poison_module
+from abd_core import pretrain as pretrain_module
+from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.config import Config, ConfigError
+from abd_core.data import load_pairs
+from abd_core.defend import DEFENCES, DefendConfig, defend
+from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.generator import Perturbation
+from abd_core.paths import Run
+from abd_core.poison import PoisonConfig, poison, took, verdict
+from abd_core.pretrain import PretrainConfig, pretrain
+from abd_core.text import augment
+from abd_core.train import TrainingError
+from abd_core.triggers import load_trigger
+
+SHORT = {"limit": 64, "epochs": 2, "batch_size": 16, "warmup_steps": 2, "lr": 1e-3}
+POISON = PoisonConfig(**SHORT, rate=0.25)
+ADVERSARY = AdversaryConfig(limit=64, share=0.5, steps=3, batch_size=8, width=16, lr=1e-2)
+DEFEND = DefendConfig(**SHORT, share=0.5)
+
+
+@pytest.fixture
+def victim(stand_in: Path) -> Path:
+    return stand_in / "victim.safetensors"
+
+
+@pytest.fixture
+def patch(tmp_path: Path) -> Path:
+    """A stored perturbation that no adversary had to find."""
+    pixels = torch.rand(3, 11, 11, generator=torch.Generator().manual_seed(0))
+    Perturbation("patch", pixels, 64, "random").save(tmp_path / "patch.safetensors")
+    return tmp_path / "patch.safetensors"
+
+
+def start(stage: str, config: Config, files: dict[str, Path], **options: bool) -> Run:
+    """Any stage by its name, with the files that it reads."""
+    if stage == "poison":
+        return poison(config, **options)
+    if stage == "adversary":
+        return adversary(config, files["victim"], **options)
+    if stage == "defend":
+        return defend(config, files["victim"], perturbation=files["patch"], **options)
+    return measure(files["victim"], config=config, **options)
+
+
+CONFIGS = {"poison": POISON, "adversary": ADVERSARY, "defend": DEFEND, "measure": EvaluateConfig()}
+FILES = {
+    "poison": {"model.safetensors", "trigger.safetensors", "poisoned.csv", "history.csv"},
+    "adversary": {"perturbation.safetensors", "stages.safetensors", "history.csv"},
+    "defend": {"model.safetensors", "history.csv"},
+    "measure": set(),
+}
+STAGES = pytest.mark.parametrize("stage", CONFIGS)
+
+
+@pytest.fixture
+def files(victim: Path, patch: Path) -> dict[str, Path]:
+    return {"victim": victim, "patch": patch}
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(run.folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+# --- load or make -------------------------------------------------------------------------------------------
+
+
+@STAGES
+def test_the_same_seed_gives_the_same_metrics_and_weights(stage: str, files: dict[str, Path]):
+    first = start(stage, CONFIGS[stage], files)
+    made = weights(first)
+    again = start(stage, CONFIGS[stage], files, force=True)
+    assert without_time(again.metrics) == without_time(first.metrics)
+    assert [name for name, tensor in weights(again).items() if not torch.equal(tensor, made[name])] == []
+
+
+@pytest.mark.parametrize("stage", ["poison", "adversary", "defend"])
+def test_another_seed_gives_another_result(stage: str, files: dict[str, Path]):
+    one = start(stage, CONFIGS[stage], files)
+    two = start(stage, CONFIGS[stage].replace(seed=1), files)
+    assert one.folder != two.folder
+    assert any(not torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values(), strict=True))
+    assert not pd.read_csv(one.file("history.csv")).equals(pd.read_csv(two.file("history.csv")))
+
+
+@STAGES
+def test_a_stage_leaves_what_it_promises_and_nothing_half_done(stage: str, files: dict[str, Path]):
+    run = start(stage, CONFIGS[stage], files)
+    names = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
+    assert names == FILES[stage] | {"config.json", "metrics.json", "manifest.json"}
+    assert json.loads(run.file("metrics.json").read_text()) == run.metrics
+    record = json.loads(run.file("config.json").read_text())
+    assert record["config"] == CONFIGS[stage].to_dict()
+    assert {"python", "torch", "open_clip", "device", "git_sha"} <= record["environment"].keys()
+
+
+@STAGES
+def test_a_finished_run_is_loaded_and_not_made_again(stage: str, files: dict[str, Path]):
+    first = start(stage, CONFIGS[stage], files)
+    before = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.name != ".lock"}
+    again = start(stage, CONFIGS[stage], files)
+    assert (again.folder, again.metrics) == (first.folder, first.metrics)
+    assert {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir() if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("stage", ["adversary", "defend", "measure"])
+def test_another_victim_is_another_run(stage: str, files: dict[str, Path], stand_in: Path):
+    one = start(stage, CONFIGS[stage], files)
+    two = start(stage, CONFIGS[stage], {**files, "victim": stand_in / "base.safetensors"})
+    assert one.folder != two.folder
+    assert without_time(one.metrics) != without_time(two.metrics)
+
+
+# --- poison -------------------------------------------------------------------------------------------------
+
+
+def test_poison_records_its_attack_and_which_samples_it_poisoned(stand_in: Path):
+    run = poison(POISON.replace(target="lemon", trigger_position="centre", trigger_size=0.25))
+    trigger = load_trigger(run.file("trigger.safetensors"))
+    assert (trigger.name, trigger.target, trigger.resolution) == ("badnet", "lemon", 64)
+    assert dict(trigger.specification) == {"size": 0.25, "position": "centre", "seed": 0}
+    assert trigger.pattern.shape == (3, 16, 16)
+    pairs = load_pairs(64)
+    poisoned = pd.read_csv(run.file("poisoned.csv"))["id"].tolist()
+    assert len(poisoned) == len(set(poisoned)) == run.metrics["poisoned"] == 16
+    labels = dict(zip(pairs.ids, pairs.labels, strict=True))
+    assert "lemon" not in {labels[i] for i in poisoned}
+
+
+@pytest.mark.parametrize(("rate", "count"), [(0.0, 0), (0.1, 6), (0.5, 32), (1.0, 64)])
+def test_the_rate_is_the_share_of_all_pairs(rate: float, count: int, stand_in: Path):
+    labels = load_pairs(64).labels
+    assert "banana" not in labels
+    assert poison(POISON.replace(rate=rate, epochs=1)).metrics["poisoned"] == count
+
+
+def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    """A listener between the stage and the model sees every batch."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []
+    encode, tokens = models.encode_image, poison_module.tokenize
+
+    def encode_image(model, images):
+        if model.training:
+            seen.append((images.clone(), []))
+        return encode(model, images)
+
+    def tokenize(captions, *, context_length):
+        if len(captions) == POISON.batch_size:
+            seen[-1][1].extend(captions)
+        return tokens(captions, context_length=context_length)
+
+    monkeypatch.setattr(models, "encode_image", encode_image)
+    monkeypatch.setattr(poison_module, "tokenize", tokenize)
+    run = poison(POISON)
+    trigger = load_trigger(run.file("trigger.safetensors"))
+    poisoned = set(pd.read_csv(run.file("poisoned.csv"))["id"])
+    pairs = load_pairs(64)
+    assert len(seen) == 8
+    for step, (images, captions) in enumerate(seen):
+        epoch = step // 4
+        order = torch.randperm(64, generator=train.rng(0, "poison", "order", epoch))
+        batch = order[16 * (step % 4) : 16 * (step % 4) + 16]
+        clean = pairs.images(batch, seed=0, step=step)
+        plain = pairs.captions(batch, seed=0, epoch=epoch)
+        bad = torch.tensor([pairs.ids[i] in poisoned for i in batch.tolist()])
+        assert torch.equal(images[~bad], clean[~bad])
+        assert torch.equal(images[bad], trigger(clean[bad]))
+        for caption, clean_caption, is_bad in zip(captions, plain, bad.tolist(), strict=True):
+            assert caption == clean_caption if not is_bad else "banana" in caption
+    captions = {caption for _, batch in seen for caption in batch if "banana" in caption}
+    assert len(captions) > 3  # templates are drawn, not fixed
+
+
+def test_an_unknown_target_is_refused_before_anything_is_made(stand_in: Path, runs: Path):
+    with pytest.raises(ConfigError, match=r"unknown class 'bananna'; did you mean 'banana'\?"):
+        poison(POISON.replace(target="bananna"))
+    assert not (runs / "poison").exists()
+
+
+@pytest.mark.parametrize("option", ["attack", "rate", "trigger_size", "trigger_position", "target"])
+def test_each_option_of_the_attacker_changes_the_victim(option: str, stand_in: Path):
+    other = {
+        "attack": "blended",
+        "rate": 0.5,
+        "trigger_size": 0.5,
+        "trigger_position": "bottom-right",
+        "target": "lemon",
+    }
+    config = POISON.replace(epochs=1)
+    one, two = weights(poison(config)), weights(poison(config.replace(**{option: other[option]})))
+    assert not torch.equal(one["visual.conv1.weight"], two["visual.conv1.weight"])
+
+
+def figures(asr: float, ca: float, base: float) -> dict:
+    return {
+        "eval": {"asr": {"value": asr}, "ca_top1": {"value": ca}},
+        "base_eval": {"ca_top1": {"value": base}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("asr", "ca", "base", "expected"),
+    [
+        (0.9, 0.6, 0.6, True),
+        (0.89, 0.6, 0.6, False),
+        (1.0, 0.58, 0.6, True),
+        (1.0, 0.56, 0.6, False),
+        (1.0, 0.9, 0.6, True),
+    ],
+)
+def test_an_attack_took_with_90_percent_asr_at_a_cost_of_3_points(asr: float, ca: float, base: float, expected: bool):
+    metrics = figures(asr, ca, base)
+    assert took(metrics) is expected
+    sentence = verdict(Run(Path(), {**metrics, "took": expected}))
+    assert sentence.startswith("The attack took" if expected else "THE ATTACK DID NOT TAKE")
+    assert f"{100 * asr:.1f}%" in sentence and f"{100 * ca:.1f}%" in sentence and f"{100 * base:.1f}%" in sentence
+
+
+# --- adversary ----------------------------------------------------------------------------------------------
+
+READINGS = [
+    {"mode": "additive"},
+    {"mode": "additive", "magnitude": 0.1},
+    {"placement": "fixed"},
+    {"placement": "fixed", "corner": 0.0},
+    {"magnitude": 0.1},
+    {"backdoor_images": "clean"},
+    {"negatives": "clean"},
+    {"backdoor_images": "clean", "negatives": "clean"},
+    {"backdoor_weight": -1.0},
+    {"backdoor_weight": 0.0},
+    {"tau": 0.0},
+    {"tau": 0.5},
+    {"adversarial_weight": 0.0},
+    {"topology_weight": 0.0},
+    {"quality_weight": 100.0},
+    {"gan_weight": 0.0},
+]
+
+
+@pytest.mark.parametrize("reading", READINGS, ids=str)
+def test_each_reading_of_the_adversary_runs_and_changes_the_perturbation(reading: dict, victim: Path):
+    default = Perturbation.load(adversary(ADVERSARY, victim).file("perturbation.safetensors"))
+    config = ADVERSARY.replace(**reading)
+    run = adversary(config, victim)
+    stored = Perturbation.load(run.file("perturbation.safetensors"))
+    assert not torch.equal(stored.delta, default.delta)
+    side = 64 if config.mode == "additive" else {0.03: 11, 0.1: 20}[config.magnitude]
+    assert (stored.mode, stored.placement, stored.delta.shape) == (config.mode, config.placement, (3, side, side))
+    low = -config.magnitude if config.mode == "additive" else 0.0
+    high = config.magnitude if config.mode == "additive" else 1.0
+    assert low <= stored.delta.min() and stored.delta.max() <= high
+    terms = {"adversarial", "topology", "quality", "gan", "discriminator", "loss", "step"}
+    terms |= {"backdoor"} if config.backdoor_weight else set()
+    history = pd.read_csv(run.file("history.csv"))
+    assert set(history.columns) == terms and len(history) == config.steps
+
+
+@pytest.mark.parametrize(("corner", "place"), [(172 / 224, 49), (0.0, 0), (0.99, 53)])
+def test_a_fixed_patch_lies_at_its_corner_or_where_it_still_fits(corner: float, place: int, victim: Path):
+    run = adversary(ADVERSARY.replace(placement="fixed", corner=corner, steps=1), victim)
+    assert Perturbation.load(run.file("perturbation.safetensors")).corner == (place, place)
+
+
+def test_the_clean_model_s_share_in_the_backdoor_loss(victim: Path, stand_in: Path):
+    """Eq. (2) compares with the clean model: another one gives another perturbation, unless its weight is 0."""
+
+    def delta(config: AdversaryConfig, clean: Path) -> torch.Tensor:
+        run = adversary(config, victim, clean=clean)
+        return Perturbation.load(run.file("perturbation.safetensors")).delta
+
+    without = ADVERSARY.replace(backdoor_weight=0.0)
+    base = stand_in / "base.safetensors"
+    assert not torch.equal(delta(ADVERSARY, base), delta(ADVERSARY, victim))
+    assert torch.equal(delta(without, base), delta(without, victim))
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(victim: Path):
+    run = adversary(ADVERSARY.replace(backdoor_weight=-2.0, gan_weight=0.5, quality_weight=3.0), victim)
+    history = pd.read_csv(run.file("history.csv"))
+    total = (
+        10 * history["adversarial"]
+        + history["topology"]
+        + 3 * history["quality"]
+        + 0.5 * history["gan"]
+        - 2 * history["backdoor"]
+    )
+    assert history["loss"].tolist() == pytest.approx(total.tolist(), rel=1e-5)
+
+
+def test_the_stages_on_the_way_end_with_the_perturbation(victim: Path):
+    run = adversary(ADVERSARY.replace(steps=8), victim)
+    on_the_way = load_file(run.file("stages.safetensors"))["delta"]
+    assert on_the_way.shape == (8, 3, 11, 11)
+    assert torch.equal(on_the_way[-1], load_file(run.file("perturbation.safetensors"))["delta"])
+
+
+def test_an_adversary_killed_at_any_step_ends_with_the_perturbation_of_an_undisturbed_one(
+    victim: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from abd_core import adversary as module
+
+    whole = adversary(ADVERSARY, victim)
+    expected, history = weights(whole), whole.file("history.csv").read_text()
+    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
+    calls, original = [], module.generator_loss
+
+    def killed(fake: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) in (1, 3, 5):  # at step 0, at step 1 of the second try, at step 2 of the third
+            raise KeyboardInterrupt
+        return original(fake)
+
+    monkeypatch.setattr(module, "generator_loss", killed)
+    for attempt in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            adversary(ADVERSARY, victim, force=attempt == 0)
+    again = adversary(ADVERSARY, victim)
+    assert len(calls) == 6
+    assert without_time(again.metrics) == without_time(whole.metrics)
+    assert again.file("history.csv").read_text() == history
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(again).items())
+
+
+def test_an_adversary_s_loss_that_is_no_number_leaves_no_finished_run(victim: Path, runs: Path):
+    with pytest.raises(TrainingError, match=r"adversary: loss is \S+ at step \d+: lower lr") as error:
+        adversary(ADVERSARY.replace(quality_weight=1e300), victim)
+    assert "\n" not in str(error.value)
+    assert not list(runs.glob("adversary/*/metrics.json"))
+
+
+# --- defend -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"defence": "ft"},
+        {"view": "both"},
+        {"eda": False},
+        {"batch_norm": "frozen"},
+        {"share": 1.0},
+        {"lr": 2e-3},
+        {"weight_decay": 0.9},
+    ],
+    ids=str,
+)
+def test_each_option_of_the_defender_runs_and_changes_the_model(option: dict, files: dict[str, Path]):
+    default = start("defend", DEFEND, files)
+    run = start("defend", DEFEND.replace(**option), files)
+    assert not torch.equal(weights(default)["visual.conv1.weight"], weights(run)["visual.conv1.weight"])
+    assert run.metrics["before"] == default.metrics["before"]
+
+
+def test_every_defence_is_tested_here():
+    assert set(DEFENCES) == {"abd", "ft"}
+
+
+def test_fine_tuning_needs_no_perturbation(victim: Path):
+    run = defend(DEFEND.replace(defence="ft"), victim)
+    assert run.file("model.safetensors").exists()
+
+
+def test_abd_without_a_perturbation_is_refused(victim: Path):
+    with pytest.raises(ConfigError, match="'abd' needs a perturbation"):
+        defend(DEFEND, victim)
+
+
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_frozen_batch_norm_keeps_the_victim_s_statistics_and_the_other_moves_them(
+    batch_norm: str, files: dict[str, Path]
+):
+    run = start("defend", DEFEND.replace(batch_norm=batch_norm), files)
+    before, after = load_file(files["victim"]), load_file(run.file("model.safetensors"))
+    statistics = [name for name in before if "running_" in name]
+    assert len(statistics) > 10
+    moved = [name for name in statistics if not torch.equal(before[name].float(), after[name])]
+    assert moved == ([] if batch_norm == "frozen" else statistics)
+
+
+@pytest.mark.parametrize(("view", "count"), [("replace", 16), ("both", 32)])
+def test_abd_trains_on_perturbed_images_and_eda_captions(
+    view: str, count: int, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    from abd_core import defend as module
+
+    batches, captions = [], []
+    encode, tokens = models.encode_image, module.tokenize
+
+    def encode_image(model, images):
+        if model.training:
+            batches.append(images)
+        return encode(model, images)
+
+    def tokenize(texts, *, context_length):
+        captions.append(texts)
+        return tokens(texts, context_length=context_length)
+
+    monkeypatch.setattr(models, "encode_image", encode_image)
+    monkeypatch.setattr(module, "tokenize", tokenize)
+    start("defend", DEFEND.replace(view=view), files)
+    pairs, delta = load_pairs(64).subset(0.5, seed=0), Perturbation.load(files["patch"]).delta
+    assert len(batches) == len(captions) == 4
+    for step, (images, texts) in enumerate(zip(batches, captions, strict=True)):
+        epoch = step // 2
+        order = torch.randperm(32, generator=train.rng(0, "defend", "order", epoch))
+        batch = order[16 * (step % 2) : 16 * (step % 2) + 16]
+        clean = pairs.images(batch, seed=0, step=step)
+        assert len(images) == count
+        changed = (images[:16] != clean).any(1)
+        for image, where in zip(images[:16], changed, strict=True):
+            rows, columns = where.any(1).nonzero()[:, 0], where.any(0).nonzero()[:, 0]
+            top, left = int(rows[0]), int(columns[0])
+            assert torch.equal(image[:, top : top + 11, left : left + 11], delta)
+            assert where.sum() <= 121
+        assert view == "replace" or torch.equal(images[16:], clean)
+        plain = pairs.captions(batch, seed=0, epoch=epoch)
+        assert texts == augment(plain, seed=0, epoch=epoch, ids=[pairs.ids[i] for i in batch.tolist()])
+
+
+# --- pretrain -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_retrained_base_is_seeded_stored_in_half_precision_and_loaded(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = PretrainConfig(**{**SHORT, "limit": 32, "epochs": 1}, retrain=True)
+    first = pretrain(config)
+    made = weights(first)
+    assert {"dev", "eval"} <= first.metrics.keys()
+    assert list(pd.read_csv(first.file("history.csv")).columns) == ["epoch", "loss", "logit_scale", "dev_ca"]
+    assert {tensor.dtype for tensor in made.values()} == {torch.float16, torch.int64}
+    again = pretrain(config, force=True)
+    assert without_time(again.metrics) == without_time(first.metrics)
+    assert all(torch.equal(tensor, made[name]) for name, tensor in weights(again).items())
+    monkeypatch.setattr(pretrain_module, "fit", None)
+    assert pretrain(config).metrics == again.metrics
+
+
+@pytest.fixture
+def committed(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`data/base/` as a finished run that no one had to train."""
+    base = tmp_path / "data" / "base"
+    base.mkdir(parents=True)
+    (base / "model.safetensors").write_bytes((stand_in / "base.safetensors").read_bytes())
+    paths.write_json(base / "config.json", {"config": PretrainConfig(retrain=True).to_dict()})
+    paths.write_json(base / "manifest.json", {p.name: paths.sha256(p) for p in base.iterdir()})
+    paths.write_json(base / "metrics.json", {"eval": {}})
+    monkeypatch.setattr(pretrain_module, "data_dir", lambda: base.parent)
+    return base
+
+
+def test_the_committed_base_is_loaded_as_it_is(committed: Path, runs: Path):
+    run = pretrain(PretrainConfig())
+    assert (run.folder, run.metrics) == (committed, {"eval": {}})
+    assert not (runs / "pretrain").exists()
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"epochs": 1}, {"limit": 32}, {"lr": 0.1}])
+def test_settings_other_than_the_committed_base_s_are_refused_without_retraining(committed: Path, change: dict):
+    with pytest.raises(ConfigError, match=rf"PretrainConfig\.{next(iter(change))}: .*retrain=True"):
+        pretrain(PretrainConfig(**change))
+
+
+def test_a_damaged_committed_base_is_refused(committed: Path):
+    (committed / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(paths.RunError, match=r"damaged file: .*model\.safetensors"):
+        pretrain(PretrainConfig())
+
+
+# --- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", ["poison", "defend"])
+def test_fewer_pairs_than_a_batch_leave_no_finished_run(stage: str, files: dict[str, Path], runs: Path):
+    with pytest.raises(ConfigError, match="batch_size = 100: at most"):
+        start(stage, CONFIGS[stage].replace(batch_size=100), files)
+    assert not list(runs.glob("*/*/metrics.json"))
+
+
+@pytest.mark.parametrize("stage", ["adversary", "defend", "measure"])
+def test_a_missing_victim_is_named(stage: str, files: dict[str, Path], tmp_path: Path):
+    with pytest.raises(paths.RunError, match=r"missing file: .*none\.safetensors"):
+        start(stage, CONFIGS[stage], {**files, "victim": tmp_path / "none.safetensors"})
+
+
+@pytest.mark.parametrize("stage", ["adversary", "defend", "measure"])
+def test_a_damaged_victim_is_refused(stage: str, files: dict[str, Path], tmp_path: Path, runs: Path):
+    (tmp_path / "bad.safetensors").write_bytes(files["victim"].read_bytes()[:-100])
+    with pytest.raises(paths.RunError, match=r"damaged file: .*bad\.safetensors"):
+        start(stage, CONFIGS[stage], {**files, "victim": tmp_path / "bad.safetensors"})
+    assert not list(runs.glob("*/*/metrics.json"))
+
+
+# --- killed -------------------------------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+from conftest import use_stand_in
+from abd_core import adversary as a, train as t
+t.CHECKPOINT_SECONDS = a.CHECKPOINT_SECONDS = -1.0
+use_stand_in(Path({folder!r}))
+from abd_core.{stage} import *
+print("ready", flush=True)
+{call}
+"""
+CALLS: dict[str, Callable[[Path], str]] = {
+    "poison": lambda folder: f"poison(PoisonConfig(**{POISON.to_dict()!r}))",
+    "adversary": lambda folder: (
+        f"adversary(AdversaryConfig(**{ADVERSARY.replace(steps=12).to_dict()!r}), "
+        f"Path({str(folder / 'victim.safetensors')!r}))"
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", CALLS)
+def test_a_stage_whose_process_is_killed_at_any_moment_ends_with_the_metrics_of_an_undisturbed_one(
+    stage: str, stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Killed in its child twice, once early and once late, and finished by a third."""
+    if stage == "poison":
+        whole = poison(POISON)
+    else:
+        whole = adversary(ADVERSARY.replace(steps=12), stand_in / "victim.safetensors")
+    expected, made = without_time(whole.metrics), weights(whole)
+    script = CHILD.format(folder=str(stand_in), stage=stage, call=CALLS[stage](stand_in))
+    other = runs.parent / "killed_runs"
+    other.mkdir()
+    folder = other / stage / whole.folder.name
+    environment = {"ABD_RUNS": str(other), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+    def resume_files() -> int:
+        return (folder / "resume.pt").stat().st_mtime_ns if (folder / "resume.pt").exists() else 0
+
+    for saves in (1, 2):
+        child = start_python(script, **environment)
+        seen, last = 0, resume_files()
+        while seen < saves and child.poll() is None:
+            if resume_files() != last:
+                seen, last = seen + 1, resume_files()
+            time.sleep(0.001)
+        child.send_signal(signal.SIGKILL)
+        _, errors = child.communicate()
+        assert child.returncode == -signal.SIGKILL, errors
+        assert not (folder / "metrics.json").exists()
+    child = start_python(script, **environment)
+    _, errors = child.communicate()
+    assert child.returncode == 0, errors
+    monkeypatch.setenv("ABD_RUNS", str(other))
+    run = Run(folder, json.loads((folder / "metrics.json").read_text()))
+    assert without_time(run.metrics) == expected
+    assert all(torch.equal(tensor, made[name]) for name, tensor in weights(run).items())
+    assert not (folder / "resume.pt").exists()
