@@ -28,11 +28,7 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
     "FT": ({}, {"defence": "ft"}),
     "patch of an untrained generator": ({"steps": 1}, {}),
     "UAP without Eq. (2)": ({"backdoor_weight": 0.0}, {}),
-    "Eq. (2) with its sign flipped": ({"backdoor_weight": -5.0}, {}),
-    "additive": ({"mode": "additive"}, {}),
     "BatchNorm in train mode": ({}, {"batch_norm": "train"}),
-    "both views": ({}, {"view": "both"}),
-    "no EDA": ({}, {"eda": False}),
     "half the learning rate": ({}, {"lr": 5e-4}),
     "twice the learning rate": ({}, {"lr": 2e-3}),
 }
