@@ -60,7 +60,7 @@ def rate(hits: torch.Tensor, clusters: torch.Tensor, *, z: float = 1.96) -> Rate
         effective = min(n, p * (1 - p) / variance) if variance > 0 else n
     centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
-    return Rate(p, n, max(0.0, centre - half), min(1.0, centre + half))
+    return Rate(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))  # against rounding at 0 and 1
 
 
 @torch.no_grad()

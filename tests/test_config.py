@@ -106,7 +106,6 @@ def test_a_bad_value_is_refused_in_one_line_with_field_value_and_what_is_allowed
     [
         (PoisonConfig, "rate", 1.5, "PoisonConfig.rate = 1.5: ≥ 0 and ≤ 1 expected"),
         (PoisonConfig, "rate", "-0.1", "PoisonConfig.rate = -0.1: ≥ 0 and ≤ 1 expected"),
-        (PoisonConfig, "attack", "badnets", "PoisonConfig.attack = 'badnets': one of 'badnet', 'blended' expected"),
         (PoisonConfig, "batch_size", 1, "PoisonConfig.batch_size = 1: ≥ 2 expected"),
         (AdversaryConfig, "magnitude", 0, "AdversaryConfig.magnitude = 0.0: > 0 and ≤ 1 expected"),
         (AdversaryConfig, "mode", "add", "AdversaryConfig.mode = 'add': one of 'additive', 'patch' expected"),

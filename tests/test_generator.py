@@ -65,19 +65,6 @@ def test_the_latent_is_fixed_and_not_trained():
     assert "z" in generator.state_dict() and "z" not in dict(generator.named_parameters())
 
 
-def test_a_generator_can_draw_a_given_picture():
-    """Its parameters suffice: 60 steps bring it near to a checkerboard."""
-    generator = Generator(11, width=WIDTH)
-    target = (torch.arange(11)[:, None] + torch.arange(11)).remainder(2).mul(1.6).sub(0.8).expand(3, 11, 11)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=1e-2)
-    for _ in range(60):
-        optimizer.zero_grad()
-        error = (generator() - target).square().mean()
-        error.backward()
-        optimizer.step()
-    assert error.item() < 0.1 * 0.64  # a grey image's is 0.64
-
-
 # --- discriminator ------------------------------------------------------------------------------------------
 
 
@@ -159,7 +146,8 @@ def corners(perturbation: Perturbation, count: int, generator: torch.Generator |
 
 
 def test_random_places_are_inside_and_uniform_for_each_image_on_its_own():
-    places = corners(RANDOM, 5_400, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    places = torch.cat([corners(RANDOM, 540, generator) for _ in range(10)])
     assert places.amin(0).tolist() == [0, 0] and places.amax(0).tolist() == [53, 53]
     for axis in (0, 1):
         counts = torch.bincount(places[:, axis], minlength=54)

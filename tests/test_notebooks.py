@@ -113,3 +113,8 @@ def test_committed_notebook_has_the_outputs_of_a_whole_run(name):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not outputs(notebook, "error")
     assert os.path.getsize(BOOK / f"{name}.ipynb") < 3e6
+
+
+def test_the_readme_shows_what_the_committed_notebook_printed():
+    shown = (BOOK.parent / "README.md").read_text().split("<!-- demo output -->\n```text\n")[1].split("```")[0]
+    assert shown == summary(BOOK / "03_defend.ipynb") + "Executed notebook: runs/demo/03_defend.ipynb\n"

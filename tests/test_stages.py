@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +12,8 @@ import torch
 from conftest import start_python, without_time
 from safetensors.torch import load_file
 
+from abd_core import adversary as adversary_module
+from abd_core import defend as defend_module
 from abd_core import models, paths, train
 from abd_core import poison as poison_module
 from abd_core import pretrain as pretrain_module
@@ -124,8 +124,11 @@ def test_a_finished_run_is_loaded_and_not_made_again(stage: str, files: dict[str
 def test_another_victim_is_another_run(stage: str, files: dict[str, Path], stand_in: Path):
     one = start(stage, CONFIGS[stage], files)
     two = start(stage, CONFIGS[stage], {**files, "victim": stand_in / "base.safetensors"})
+    inputs = [paths.read_json(run.file("config.json"))["inputs"] for run in (one, two)]
     assert one.folder != two.folder
-    assert without_time(one.metrics) != without_time(two.metrics)
+    assert {paths.sha256(files["victim"]), paths.sha256(stand_in / "base.safetensors")} <= {
+        checksum for record in inputs for checksum in record.values()
+    }
 
 
 # --- poison -------------------------------------------------------------------------------------------------
@@ -162,8 +165,7 @@ def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: P
         return encode(model, images)
 
     def tokenize(captions, *, context_length):
-        if len(captions) == POISON.batch_size:
-            seen[-1][1].extend(captions)
+        seen[-1][1].extend(captions)
         return tokens(captions, context_length=context_length)
 
     monkeypatch.setattr(models, "encode_image", encode_image)
@@ -315,12 +317,10 @@ def test_the_stages_on_the_way_end_with_the_perturbation(victim: Path):
 def test_an_adversary_killed_at_any_step_ends_with_the_perturbation_of_an_undisturbed_one(
     victim: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from abd_core import adversary as module
-
     whole = adversary(ADVERSARY, victim)
     expected, history = weights(whole), whole.file("history.csv").read_text()
-    monkeypatch.setattr(module, "CHECKPOINT_SECONDS", -1.0)
-    calls, original = [], module.generator_loss
+    monkeypatch.setattr(adversary_module, "CHECKPOINT_SECONDS", -1.0)
+    calls, original = [], adversary_module.generator_loss
 
     def killed(fake: torch.Tensor) -> torch.Tensor:
         calls.append(len(calls))
@@ -328,7 +328,7 @@ def test_an_adversary_killed_at_any_step_ends_with_the_perturbation_of_an_undist
             raise KeyboardInterrupt
         return original(fake)
 
-    monkeypatch.setattr(module, "generator_loss", killed)
+    monkeypatch.setattr(adversary_module, "generator_loss", killed)
     for attempt in range(3):
         with pytest.raises(KeyboardInterrupt):
             adversary(ADVERSARY, victim, force=attempt == 0)
@@ -399,10 +399,8 @@ def test_frozen_batch_norm_keeps_the_victim_s_statistics_and_the_other_moves_the
 def test_abd_trains_on_perturbed_images_and_eda_captions(
     view: str, count: int, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    from abd_core import defend as module
-
     batches, captions = [], []
-    encode, tokens = models.encode_image, module.tokenize
+    encode, tokens = models.encode_image, defend_module.tokenize
 
     def encode_image(model, images):
         if model.training:
@@ -414,7 +412,7 @@ def test_abd_trains_on_perturbed_images_and_eda_captions(
         return tokens(texts, context_length=context_length)
 
     monkeypatch.setattr(models, "encode_image", encode_image)
-    monkeypatch.setattr(module, "tokenize", tokenize)
+    monkeypatch.setattr(defend_module, "tokenize", tokenize)
     start("defend", DEFEND.replace(view=view), files)
     pairs, delta = load_pairs(64).subset(0.5, seed=0), Perturbation.load(files["patch"]).delta
     assert len(batches) == len(captions) == 4
@@ -512,62 +510,60 @@ def test_a_damaged_victim_is_refused(stage: str, files: dict[str, Path], tmp_pat
 
 # --- killed -------------------------------------------------------------------------------------------------
 
+# Dies at the n-th file that it puts in its place, just before or just after it has done so.
 CHILD = """
-import sys
+import os, signal
 from pathlib import Path
 from conftest import use_stand_in
 from abd_core import adversary as a, train as t
-t.CHECKPOINT_SECONDS = a.CHECKPOINT_SECONDS = -1.0
-use_stand_in(Path({folder!r}))
 from abd_core.{stage} import *
-print("ready", flush=True)
+
+t.CHECKPOINT_SECONDS = a.CHECKPOINT_SECONDS = -1.0
+victim = Path({folder!r}) / "victim.safetensors"
+use_stand_in(victim.parent)
+left, replace = [{files}], os.replace
+
+def replace_or_die(source, target):
+    left[0] -= 1
+    if left[0] < 0 and not {after}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+    if left[0] < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = replace_or_die
 {call}
 """
-CALLS: dict[str, Callable[[Path], str]] = {
-    "poison": lambda folder: f"poison(PoisonConfig(**{POISON.to_dict()!r}))",
-    "adversary": lambda folder: (
-        f"adversary(AdversaryConfig(**{ADVERSARY.replace(steps=12).to_dict()!r}), "
-        f"Path({str(folder / 'victim.safetensors')!r}))"
-    ),
+CALLS = {
+    "poison": f"poison(PoisonConfig(**{POISON.to_dict()!r}))",
+    "adversary": f"adversary(AdversaryConfig(**{ADVERSARY.to_dict()!r}), victim)",
 }
+UNDISTURBED = 10**9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", CALLS)
-def test_a_stage_whose_process_is_killed_at_any_moment_ends_with_the_metrics_of_an_undisturbed_one(
-    stage: str, stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("stage", "kills"),
+    [
+        ("poison", [(3, True), (2, False), (9, True)]),  # after its first checkpoint, within the next ones, at the end
+        ("adversary", [(0, False), (2, True), (3, False)]),  # before its config, between checkpoints, with its history
+    ],
+)
+def test_a_stage_whose_process_is_killed_ends_with_the_metrics_of_an_undisturbed_one(
+    stage: str, kills: list[tuple[int, bool]], stand_in: Path, runs: Path
 ):
-    """Killed in its child twice, once early and once late, and finished by a third."""
-    if stage == "poison":
-        whole = poison(POISON)
-    else:
-        whole = adversary(ADVERSARY.replace(steps=12), stand_in / "victim.safetensors")
-    expected, made = without_time(whole.metrics), weights(whole)
-    script = CHILD.format(folder=str(stand_in), stage=stage, call=CALLS[stage](stand_in))
+    whole = start(stage, CONFIGS[stage], {"victim": stand_in / "victim.safetensors"})
     other = runs.parent / "killed_runs"
     other.mkdir()
     folder = other / stage / whole.folder.name
-    environment = {"ABD_RUNS": str(other), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-
-    def resume_files() -> int:
-        return (folder / "resume.pt").stat().st_mtime_ns if (folder / "resume.pt").exists() else 0
-
-    for saves in (1, 2):
-        child = start_python(script, **environment)
-        seen, last = 0, resume_files()
-        while seen < saves and child.poll() is None:
-            if resume_files() != last:
-                seen, last = seen + 1, resume_files()
-            time.sleep(0.001)
-        child.send_signal(signal.SIGKILL)
-        _, errors = child.communicate()
-        assert child.returncode == -signal.SIGKILL, errors
+    for files, after in [*kills, (UNDISTURBED, True)]:
         assert not (folder / "metrics.json").exists()
-    child = start_python(script, **environment)
-    _, errors = child.communicate()
-    assert child.returncode == 0, errors
-    monkeypatch.setenv("ABD_RUNS", str(other))
-    run = Run(folder, json.loads((folder / "metrics.json").read_text()))
-    assert without_time(run.metrics) == expected
-    assert all(torch.equal(tensor, made[name]) for name, tensor in weights(run).items())
+        script = CHILD.format(stage=stage, folder=str(stand_in), files=files, after=after, call=CALLS[stage])
+        child = start_python(script, ABD_RUNS=str(other), OMP_NUM_THREADS=str(torch.get_num_threads()))
+        _, errors = child.communicate()
+        assert child.returncode == (0 if files == UNDISTURBED else -signal.SIGKILL), errors
+    run = Run(folder, paths.read_json(folder / "metrics.json"))
+    assert without_time(run.metrics) == without_time(whole.metrics)
+    expected = weights(whole)
+    assert [name for name, tensor in weights(run).items() if not torch.equal(tensor, expected[name])] == []
     assert not (folder / "resume.pt").exists()

@@ -92,13 +92,13 @@ def test_the_learning_rate_warms_up_to_its_peak_and_falls_as_a_cosine(step: int,
     assert learning_rate(step, peak=3.0, warmup=warmup, total=total) == pytest.approx(3.0 * share)
 
 
-@pytest.mark.parametrize(("warmup", "total"), [(0, 1_000), (50, 1_000), (999, 1_000)])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 1_000), (50, 1_000), (500, 1_000)])
 def test_the_learning_rate_is_never_zero_reaches_its_peak_and_ends_near_zero(warmup: int, total: int):
     rates = [learning_rate(step, peak=1.0, warmup=warmup, total=total) for step in range(total)]
     assert min(rates) > 0
     assert max(rates) == 1.0
     assert rates == sorted(rates[:warmup]) + sorted(rates[warmup:], reverse=True)
-    assert rates[-1] < 1e-4 or warmup == 999
+    assert rates[-1] < 1e-4
 
 
 def test_norms_biases_and_logit_scale_are_not_decayed(stand_in):
