@@ -28,7 +28,7 @@ SETTINGS: dict[str, tuple[dict, dict]] = {
     "FT": ({}, {"defence": "ft"}),
     "patch of an untrained generator": ({"steps": 1}, {}),
     "UAP without Eq. (2)": ({"backdoor_weight": 0.0}, {}),
-    "BatchNorm in train mode": ({}, {"batch_norm": "train"}),
+    "frozen BatchNorm": ({}, {"batch_norm": "frozen"}),
     "half the learning rate": ({}, {"lr": 5e-4}),
     "twice the learning rate": ({}, {"lr": 2e-3}),
 }

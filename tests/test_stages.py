@@ -378,9 +378,19 @@ def test_fine_tuning_needs_no_perturbation(victim: Path):
     assert run.file("model.safetensors").exists()
 
 
-def test_abd_without_a_perturbation_is_refused(victim: Path):
+def test_abd_without_a_perturbation_is_refused_before_anything_is_made(victim: Path, runs: Path):
     with pytest.raises(ConfigError, match="'abd' needs a perturbation"):
         defend(DEFEND, victim)
+    assert not (runs / "defend").exists()
+
+
+def test_a_perturbation_for_another_resolution_is_refused_before_anything_is_made(
+    victim: Path, runs: Path, tmp_path: Path
+):
+    Perturbation("patch", torch.zeros(3, 5, 5), 32, "random").save(tmp_path / "small.safetensors")
+    with pytest.raises(ConfigError, match="32"):
+        defend(DEFEND, victim, perturbation=tmp_path / "small.safetensors")
+    assert not (runs / "defend").exists()
 
 
 @pytest.mark.parametrize("batch_norm", ["train", "frozen"])
