@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 
 from abd_core import models
-from abd_core.config import Config, derive_seed, option
+from abd_core.config import Config, ConfigError, derive_seed, option
 from abd_core.data import load_pairs, rng
 from abd_core.generator import Discriminator, Generator, Perturbation, patch_side
 from abd_core.losses import (
@@ -89,6 +89,8 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
     """
     clean = clean or models.clean_weights()
     pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
+    if len(pairs) < config.batch_size:
+        raise ConfigError(f"AdversaryConfig.batch_size = {config.batch_size}: at most {len(pairs)} expected, the pairs")
     inputs = {"victim": sha256(victim), "clean": sha256(clean), "pairs": pairs.digest}
 
     def make(folder: Path) -> Mapping[str, Any]:

@@ -51,12 +51,14 @@ def _coerced(where: str, value: Any, kind: type) -> Any:
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if kind is int and isinstance(value, str | float) and not isinstance(value, bool):
+        digits = isinstance(value, str) and value.removeprefix("-").isdecimal()  # a float would round a long one
         try:
-            if float(value).is_integer():
-                return int(float(value))
+            number = int(value) if digits else float(value)
+            if number == int(number):
+                return int(number)
         except (ValueError, OverflowError):
             pass
     if type(value) is not kind:

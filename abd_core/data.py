@@ -147,6 +147,11 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+        return CELL
+
     @functools.cached_property
     def digest(self) -> str:
         """Identity of these pairs: which artworks (by checksum) under which names."""

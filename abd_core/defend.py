@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import open_clip
 import torch
@@ -28,6 +28,8 @@ from abd_core.train import Step, TrainConfig, fit
 
 class Defence(ABC):
     """How a clean batch becomes a loss."""
+
+    needs_perturbation: ClassVar[bool] = False
 
     def __init__(self, config: DefendConfig, pairs: Pairs, perturbation: Perturbation | None) -> None:
         self.config, self.pairs, self.perturbation = config, pairs, perturbation
@@ -55,9 +57,10 @@ class FineTuning(Defence):
 class ABD(Defence):
     """Adversarial Backdoor Defense: CLIP's loss on (image + universal perturbation, EDA(caption))."""
 
+    needs_perturbation = True
+
     def loss(self, model: open_clip.CLIP, at: Step) -> torch.Tensor:
-        if self.perturbation is None:
-            raise ConfigError("defence 'abd' needs a perturbation, from the adversary stage")
+        assert self.perturbation is not None  # `defend` has seen to it
         images, captions = self.images(at), self.captions(at)
         views = [self.perturbation(images, rng(self.config.seed, "place", at.step))]
         if self.config.view == "both":
@@ -111,6 +114,11 @@ def defend(config: DefendConfig, victim: Path, *, perturbation: Path | None = No
     """
     universal = None if perturbation is None else Perturbation.load(perturbation)
     pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
+    if universal is None and DEFENCES[config.defence].needs_perturbation:
+        raise ConfigError(f"defence {config.defence!r} needs a perturbation, from the adversary stage")
+    if universal is not None and universal.resolution != pairs.resolution:
+        sides = f"{universal.resolution} px, the images {pairs.resolution} px"
+        raise ConfigError(f"{perturbation}: the perturbation is for another resolution: {sides}")
     inputs = {"victim": sha256(victim), "pairs": pairs.digest} | (
         {"perturbation": sha256(perturbation)} if perturbation else {}
     )

@@ -105,6 +105,16 @@ class Perturbation:
     placement: str = "fixed"
     corner: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the fields do not make a perturbation."""
+        side = self.delta.shape[-1]
+        if self.mode not in ("additive", "patch") or self.placement not in ("fixed", "random"):
+            raise ValueError(f"perturbation: mode {self.mode!r}, placement {self.placement!r}")
+        if not isinstance(self.resolution, int) or not 0 < side <= self.resolution:
+            raise ValueError(f"perturbation: {side} px wide for images of {self.resolution!r} px")
+        if not torch.isfinite(self.delta).all():
+            raise ValueError("perturbation: NaN or infinity among its pixels")
+
     def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Perturbed copies of images (B, 3, R, R) in [0, 1]; differentiable in `delta`.
 
@@ -151,7 +161,7 @@ class Perturbation:
             return Perturbation(
                 record["mode"], delta, record["resolution"], record["placement"], tuple(record["corner"])
             )
-        except (FileNotFoundError, IsADirectoryError):
+        except OSError:
             raise RunError(f"missing file: {path}") from None
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"damaged file: {path}: no perturbation record ({error})") from None

@@ -70,10 +70,10 @@ def adversarial_loss(
 
 
 def neighbour_graph_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """How far the neighbour graphs of two feature sets (B, D) differ: KL(P||Q) + KL(1-P||1-Q), averaged over pairs.
+    """How far the neighbour graphs of two feature sets (B, D) differ: KL(P||Q) + KL(1-P||1-Q).
 
-    P_ij and Q_ij are the cosine similarities of samples i and j, mapped to (0, 1) and normalised over j
-    (AdvCLIP's topology term, Zhou et al. 2023, Eq. (4)-(6)).
+    Summed over the neighbours, averaged over the samples. P_ij and Q_ij are the cosine similarities of samples i and j,
+    mapped to (0, 1) and normalised over j (AdvCLIP's topology term, Zhou et al. 2023, Eq. (4)-(6)).
     """
 
     def graph(features: torch.Tensor) -> torch.Tensor:

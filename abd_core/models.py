@@ -83,7 +83,7 @@ def load(path: Path) -> open_clip.CLIP:
         with safe_open(path, framework="pt") as f:
             name = (f.metadata() or {}).get("model", "")
             weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         raise RunError(f"missing file: {path}") from None
     except (SafetensorError, json.JSONDecodeError) as error:
         raise RunError(f"damaged file: {path}: not safetensors ({error})") from None

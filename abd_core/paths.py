@@ -47,7 +47,12 @@ def data_dir() -> Path:
 def runs_dir() -> Path:
     """Where run folders go: `ABD_RUNS` if set, else `runs/` in the checkout. Made if missing."""
     path = Path(os.environ.get("ABD_RUNS") or root() / "runs").resolve()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"run folders cannot be made in {path}: {error.strerror}; set ABD_RUNS to another folder"
+        ) from None
     return path
 
 

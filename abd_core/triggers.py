@@ -152,7 +152,7 @@ def load_trigger(path: Path) -> Trigger:
         record = json.loads(metadata["record"])
         attack = metadata["attack"]
         fields = (record["resolution"], record["target"], record["specification"])
-    except (FileNotFoundError, IsADirectoryError):
+    except OSError:
         raise RunError(f"missing file: {path}") from None
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise RunError(f"damaged file: {path}: no trigger record ({error})") from None
