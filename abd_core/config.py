@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_type_hints
 
+import numpy as np
+
 
 class AbdError(ValueError):
     """Anything that the person who runs a stage can mend; its text is one clear line."""
@@ -46,6 +48,8 @@ def option(
 
 def _coerced(where: str, value: Any, kind: type) -> Any:
     """`value` as `kind`; papermill hands `-p flag true` and `-y '{lr: 1e-3}'` over as strings."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):

@@ -119,12 +119,13 @@ def defend(config: DefendConfig, victim: Path, *, perturbation: Path | None = No
     if universal is not None and universal.resolution != pairs.resolution:
         sides = f"{universal.resolution} px, the images {pairs.resolution} px"
         raise ConfigError(f"{perturbation}: the perturbation is for another resolution: {sides}")
-    inputs = {"victim": sha256(victim), "pairs": pairs.digest} | (
-        {"perturbation": sha256(perturbation)} if perturbation else {}
-    )
+    test = load_test_set("dev")
+    inputs = {"victim": sha256(victim), "pairs": pairs.digest, "dev": test.digest}
+    if perturbation is not None:
+        inputs["perturbation"] = sha256(perturbation)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model, test = models.load(victim), load_test_set("dev")
+        model = models.load(victim)
         defence = DEFENCES[config.defence](config, pairs, universal)
         before = evaluate(model, test)
 

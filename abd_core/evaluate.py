@@ -12,7 +12,7 @@ import open_clip
 import torch
 
 from abd_core import models
-from abd_core.config import Config, option
+from abd_core.config import Config, ConfigError, option
 from abd_core.data import TEST_VENDORS, TestSet, class_index, load_test_set
 from abd_core.models import encode_image, encode_text
 from abd_core.paths import Run, load_or_make, sha256
@@ -40,24 +40,30 @@ def rate(hits: torch.Tensor, clusters: torch.Tensor, *, z: float = 1.96) -> Rate
 
     Several views of one artwork (or images of one class) are not independent trials. The variance between clusters
     gives the design effect deff >= 1 (Kish 1965), n / deff takes the place of n in Wilson's interval (1927), as
-    Korn and Graubard (1998) do for the exact interval. Where all trials agree nothing can be estimated, and the
-    number of clusters stands in for n.
+    Korn and Graubard (1998) do for the exact interval. A handful of hits tells little about that variance, so it is
+    estimated with two clusters of average size added, one all hits and one all misses, as Agresti and Coull (1998) add
+    trials; scaled so that clusters of single trials give n, and clusters that agree within give their number.
 
     Args:
         hits: bool (N,).
         clusters: int (N,), which trials belong together.
+
+    Raises:
+        ValueError: there are no trials.
     """
-    n, p = len(hits), hits.double().mean().item()
+    n = len(hits)
+    if n == 0:
+        raise ValueError("rate: no trials")
+    p = hits.double().mean().item()
     groups, member = torch.unique(clusters, return_inverse=True)
     k = len(groups)
-    residual = torch.zeros(k, dtype=torch.double).index_add_(0, member, hits.double() - p)
-    if p in (0.0, 1.0):
-        effective = float(k)
-    elif k == 1:
-        effective = 1.0
-    else:
-        variance = k / (k - 1) * residual.square().sum().item() / n**2
-        effective = min(n, p * (1 - p) / variance) if variance > 0 else n
+    sizes = torch.bincount(member, minlength=k).double()
+    counts = torch.zeros(k, dtype=torch.double).index_add_(0, member, hits.double())
+    average = sizes.new_tensor([n / k])
+    sizes, counts = torch.cat([sizes, average, average]), torch.cat([counts, average, 0 * average])
+    share = (counts.sum() / sizes.sum()).item()
+    spread = (counts - share * sizes).square().sum().item()
+    effective = min(n, k / (k + 2) * share * (1 - share) * sizes.sum().item() ** 2 / spread)
     centre = (p + z * z / (2 * effective)) / (1 + z * z / effective)
     half = z / (1 + z * z / effective) * math.sqrt(p * (1 - p) / effective + z * z / (4 * effective**2))
     return Rate(p, n, min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half)))  # against rounding at 0 and 1
@@ -166,17 +172,20 @@ def measure(
 
     Raises:
         RunError: a file is missing or damaged.
-        ConfigError: the trigger's target is no class of the test set.
+        ConfigError: the trigger's target is no class of the test set, or it is for another resolution.
     """
     config = config or EvaluateConfig()
     test = load_test_set(config.split)
-    inputs = {"weights": sha256(weights), "test": test.digest} | ({"trigger": sha256(trigger)} if trigger else {})
+    inputs = {"weights": sha256(weights), "test": test.digest}
+    attack, target = None, -1
+    if trigger is not None:
+        inputs["trigger"], attack = sha256(trigger), load_trigger(trigger)
+        target = class_index(test.class_names, attack.target)
+        if attack.resolution != test.images.shape[-1]:
+            sides = f"{attack.resolution} px, the images {test.images.shape[-1]} px"
+            raise ConfigError(f"{trigger}: the trigger is for another resolution: {sides}")
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = models.load(weights)
-        if trigger is None:
-            return evaluate(model, test).to_dict()
-        attack = load_trigger(trigger)
-        return evaluate(model, test, trigger=attack, target=class_index(test.class_names, attack.target)).to_dict()
+        return evaluate(models.load(weights), test, trigger=attack, target=target).to_dict()
 
     return load_or_make("evaluate", config, inputs, make, force=force)

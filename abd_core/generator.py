@@ -124,7 +124,7 @@ class Perturbation:
         Raises:
             ValueError: the images have another resolution.
         """
-        if images.shape[-3:] != (3, self.resolution, self.resolution):
+        if images.ndim != 4 or images.shape[1:] != (3, self.resolution, self.resolution):
             raise ValueError(
                 f"perturbation is for 3x{self.resolution}x{self.resolution} images, got {tuple(images.shape)}"
             )

@@ -161,7 +161,8 @@ def load_or_make(
     Args:
         inputs: digests of what the stage reads besides its config (weights, data, triggers).
         make: writes its files into the folder (each atomically; it resumes from what it finds there) and returns the
-            metrics, JSON-able. Whatever it leaves in files named `resume.*` is removed afterwards.
+            metrics, JSON-able; `seconds` joins them, None where an earlier process did part of the work. Whatever it
+            leaves in files named `resume.*` is removed afterwards.
         force: make it anew, even where it is finished.
 
     Raises:
@@ -179,9 +180,13 @@ def load_or_make(
                 raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
         if (folder / "metrics.json").exists():
             return load_run(folder)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            leftover.unlink()
+        resumed = any(folder.glob("resume.*"))
         write_json(folder / "config.json", {**key, "environment": environment()})
         start = time.perf_counter()
-        metrics = {**make(folder), "seconds": round(time.perf_counter() - start, 1)}
+        metrics = dict(make(folder))
+        metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
         for leftover in folder.glob("resume.*"):
             leftover.unlink()
         files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))

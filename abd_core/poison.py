@@ -11,7 +11,7 @@ import torch
 
 from abd_core import models
 from abd_core.config import option
-from abd_core.data import class_index, class_names, load_pairs, load_test_set, rng
+from abd_core.data import TEST_VENDORS, class_index, class_names, load_pairs, load_test_set, rng
 from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, load_or_make, sha256
@@ -93,13 +93,13 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
         models.save(model, folder / "model.safetensors")
         metrics: dict[str, Any] = {"poisoned": int(poisoned.sum())}
         base = models.load(clean)
-        for split in ("dev", "eval"):
-            test = load_test_set(split)
+        for split, test in tests.items():
             metrics[split] = evaluate(model, test, trigger=trigger, target=target).to_dict()
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
         return {**metrics, "took": took(metrics)}
 
-    inputs = {"pairs": pairs.digest, "clean": sha256(clean)}
+    tests = {split: load_test_set(split) for split in TEST_VENDORS}
+    inputs = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
     return load_or_make("poison", config, inputs, make, force=force)
 
 

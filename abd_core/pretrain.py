@@ -12,7 +12,7 @@ import torch
 
 from abd_core import models
 from abd_core.config import ConfigError, derive_seed, option
-from abd_core.data import load_pairs, load_test_set
+from abd_core.data import TEST_VENDORS, load_pairs, load_test_set
 from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, data_dir, load_or_make, load_run, read_json
@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
             )
         return committed
     pairs = load_pairs(config.limit)
-    dev = load_test_set("dev")
+    tests = {split: load_test_set(split) for split in TEST_VENDORS}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = models.build(seed=derive_seed(config.seed, "init"))
@@ -61,14 +61,15 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
             return clip_loss(image, text, model.logit_scale.exp()), {"logit_scale": model.logit_scale.exp().item()}
 
         def after_epoch(epoch: int) -> Mapping[str, float]:
-            return {"dev_ca": evaluate(model, dev).ca[1].value}
+            return {"dev_ca": evaluate(model, tests["dev"]).ca[1].value}
 
         fit(model, loss, count=len(pairs), config=config, folder=folder, stage="pretrain", after_epoch=after_epoch)
         models.save(model, folder / "model.safetensors", half=True)
         stored = models.load(folder / "model.safetensors")
-        return {split: evaluate(stored, load_test_set(split)).to_dict() for split in ("dev", "eval")}
+        return {split: evaluate(stored, test).to_dict() for split, test in tests.items()}
 
-    return load_or_make("pretrain", config, {"pairs": pairs.digest, "dev": dev.digest}, make, force=force)
+    inputs = {"pairs": pairs.digest} | {split: test.digest for split, test in tests.items()}
+    return load_or_make("pretrain", config, inputs, make, force=force)
 
 
 if __name__ == "__main__":  # make the clean base that everything else starts from

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,9 +89,19 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
+        with zipfile.ZipFile(path) as parts:  # torch.load leaves the parts' checksums unread
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(damaged)
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # a damaged file makes torch raise many kinds; code in it is refused before it runs
         raise RunError(f"damaged file: {path}: {type(error).__name__}; delete its folder, or pass force=True") from None
+
+
+def check_finite(model: torch.nn.Module, where: str) -> None:
+    """Raises TrainingError, naming the first tensor, where a weight or a running statistic is NaN or infinite."""
+    for name, tensor in model.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise TrainingError(f"{where}: {name} holds NaN or infinity")
 
 
 def fit(
@@ -116,7 +127,7 @@ def fit(
 
     Raises:
         ConfigError: fewer pairs than a batch.
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: the loss or a weight became NaN or infinite.
     """
     steps = count // config.batch_size
     if steps == 0:
@@ -157,9 +168,11 @@ def fit(
                 rows, sums = [*rows, row], {}
                 bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                check_finite(model, f"{stage}: epoch {epoch}, step {step}")
                 record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
                 saved = time.monotonic()
+    check_finite(model, f"{stage}: last step")
     history = pd.DataFrame(rows)
     with atomic(folder / "history.csv") as temporary:
         history.to_csv(temporary, index=False)

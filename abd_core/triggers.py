@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from abd_core.config import unknown
+from abd_core.config import ConfigError, unknown
 from abd_core.data import rng
 from abd_core.kernels.perturb import blend, paste
 from abd_core.paths import RunError, atomic
@@ -67,6 +67,17 @@ class Trigger(ABC):
     target: str
     specification: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where the fields do not make a trigger."""
+        if not isinstance(self.resolution, int) or not isinstance(self.target, str):
+            raise ValueError(f"{self.name} trigger: resolution {self.resolution!r}, target {self.target!r}")
+        if self.pattern.ndim != 3 or len(self.pattern) != 3 or max(self.pattern.shape[1:]) > self.resolution:
+            raise ValueError(
+                f"{self.name} trigger: a {tuple(self.pattern.shape)} pattern for images of {self.resolution} px"
+            )
+        if not self.pattern.numel() or not ((self.pattern >= 0) & (self.pattern <= 1)).all():
+            raise ValueError(f"{self.name} trigger: pixels outside [0, 1]")
+
     @classmethod
     @abstractmethod
     def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
@@ -82,7 +93,7 @@ class Trigger(ABC):
         Raises:
             ValueError: the images have another resolution than the trigger.
         """
-        if images.shape[-3:] != (3, self.resolution, self.resolution):
+        if images.ndim != 4 or images.shape[1:] != (3, self.resolution, self.resolution):
             raise ValueError(
                 f"{self.name} trigger is for 3x{self.resolution}x{self.resolution} images, got {tuple(images.shape)}"
             )
@@ -103,6 +114,11 @@ class BadNet(Trigger):
     """A local patch of fixed uniform noise (Gu et al. 2017). `size` is its side as a share of the image's."""
 
     name = "badnet"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.specification.get("position") not in POSITIONS:
+            raise ValueError(f"{self.name} trigger: position {self.specification.get('position')!r}")
 
     @classmethod
     def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
@@ -125,6 +141,12 @@ class Blended(Trigger):
     """Fixed uniform noise all over, blended in with weight `alpha` (Chen et al. 2017)."""
 
     name = "blended"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        alpha = self.specification.get("alpha")
+        if not isinstance(alpha, float) or not 0 < alpha <= 1:
+            raise ValueError(f"{self.name} trigger: alpha {alpha!r}")
 
     @classmethod
     def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
@@ -151,11 +173,12 @@ def load_trigger(path: Path) -> Trigger:
             pattern = f.get_tensor("pattern")
         record = json.loads(metadata["record"])
         attack = metadata["attack"]
-        fields = (record["resolution"], record["target"], record["specification"])
+        if attack not in TRIGGERS:
+            raise unknown("attack", attack, TRIGGERS)
+        return TRIGGERS[attack](pattern, record["resolution"], record["target"], dict(record["specification"]))
     except OSError:
         raise RunError(f"missing file: {path}") from None
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except ConfigError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"damaged file: {path}: no trigger record ({error})") from None
-    if attack not in TRIGGERS:
-        raise unknown("attack", attack, TRIGGERS)
-    return TRIGGERS[attack](pattern, *fields)

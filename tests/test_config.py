@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 from conftest import concrete_configs
 from hypothesis import given
@@ -56,6 +57,10 @@ CONFIGS = pytest.mark.parametrize("kind", concrete_configs(), ids=lambda kind: k
         ("free", -1, -1.0),
         ("kind", "green", "green"),
         ("name", "3", "3"),
+        ("flag", np.bool_(True), True),
+        ("count", np.int64(3), 3),
+        ("share", np.float32(0.5), 0.5),
+        ("name", np.str_("x"), "x"),
     ],
 )
 def test_what_means_the_field_s_type_is_taken_for_it(field: str, given_: object, expected: object):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from itertools import pairwise
 
 import numpy as np
 import open_clip
@@ -35,17 +36,17 @@ def hits(*groups: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 # --- intervals ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("k", "n"), [(1, 2), (3, 10), (50, 100), (999, 1000)])
-def test_single_trials_have_wilson_s_interval_but_for_the_unbiased_variance(k: int, n: int):
+@pytest.mark.parametrize(("k", "n"), [(0, 20), (1, 2), (3, 10), (50, 100), (999, 1000)])
+def test_single_trials_have_wilson_s_interval(k: int, n: int):
     measured = rate(*hits(*[(1, 1)] * k, *[(0, 1)] * (n - k)))
-    low, high = wilson(k / n, n - 1)
     assert (measured.value, measured.n) == (k / n, n)
-    assert (measured.ci_low, measured.ci_high) == pytest.approx((low, high), abs=1e-9)
+    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(k / n, n), abs=1e-9)
 
 
-def test_clusters_that_agree_within_count_as_one_trial_each():
-    measured = rate(*hits(*[(10, 10)] * 30, *[(0, 10)] * 20))
-    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(0.6, 49), abs=1e-9)
+@pytest.mark.parametrize("agreeing", [0, 1, 30, 50])
+def test_clusters_that_agree_within_count_as_one_trial_each(agreeing: int):
+    measured = rate(*hits(*[(10, 10)] * agreeing, *[(0, 10)] * (50 - agreeing)))
+    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(agreeing / 50, 50), abs=1e-9)
 
 
 def test_clusters_that_are_all_alike_gain_nothing_beyond_the_number_of_trials():
@@ -53,26 +54,27 @@ def test_clusters_that_are_all_alike_gain_nothing_beyond_the_number_of_trials():
     assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(0.6, 500), abs=1e-9)
 
 
-def test_the_interval_of_unequal_clusters_follows_the_ratio_estimator():
+def test_the_interval_of_unequal_clusters_follows_the_ratio_estimator_with_a_full_and_an_empty_cluster_added():
     groups = [(1, 4), (3, 3), (0, 7), (5, 9), (2, 2)]
     k, n = len(groups), sum(size for _, size in groups)
     p = sum(h for h, _ in groups) / n
-    variance = k / (k - 1) * sum((h - size * p) ** 2 for h, size in groups) / n**2
+    added = [*groups, (n / k, n / k), (0, n / k)]
+    share = sum(h for h, _ in added) / sum(size for _, size in added)
+    variance = sum((h - size * share) ** 2 for h, size in added) / sum(size for _, size in added) ** 2
     measured = rate(*hits(*groups))
-    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(p, p * (1 - p) / variance), abs=1e-9)
+    effective = k / (k + 2) * share * (1 - share) / variance
+    assert effective < n
+    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(p, effective), abs=1e-9)
 
 
-@pytest.mark.parametrize(("share", "bound"), [(0, 0.0), (1, 1.0)])
-def test_where_all_trials_agree_the_number_of_clusters_stands_for_n(share: int, bound: float):
-    measured = rate(*hits(*[(10 * share, 10)] * 40))
-    low, high = wilson(share, 40)
-    assert measured.value == bound
-    assert (measured.ci_low, measured.ci_high) == pytest.approx((max(0, low), min(1, high)), abs=1e-9)
+def test_the_interval_of_a_handful_of_hits_does_not_jump():
+    highs = [rate(*hits((count, 10), *[(0, 10)] * 99)).ci_high for count in range(4)]
+    assert all(0.9 < after / before < 1.2 for before, after in pairwise(highs))
 
 
-def test_one_cluster_counts_as_one_trial():
-    measured = rate(*hits((3, 10)))
-    assert (measured.ci_low, measured.ci_high) == pytest.approx(wilson(0.3, 1), abs=1e-9)
+def test_no_trials_are_refused():
+    with pytest.raises(ValueError, match="no trials"):
+        rate(torch.zeros(0, dtype=torch.bool), torch.zeros(0, dtype=torch.int64))
 
 
 def test_the_order_of_trials_and_the_names_of_clusters_do_not_matter():
@@ -89,7 +91,10 @@ def test_an_interval_contains_its_value_and_stays_within_zero_and_one():
         assert 0 <= measured.ci_low <= measured.value <= measured.ci_high <= 1, groups
 
 
-@pytest.mark.parametrize(("p", "agreement"), [(0.6, 0.0), (0.6, 0.5), (0.1, 0.3), (0.95, 0.3), (0.5, 1.0)])
+@pytest.mark.parametrize(
+    ("p", "agreement"),
+    [(0.6, 0.0), (0.6, 0.5), (0.1, 0.3), (0.95, 0.3), (0.5, 1.0), (0.02, 0.0), (0.02, 0.5), (0.99, 0.5)],
+)
 def test_the_95_percent_interval_covers_the_truth_in_at_least_93_percent_of_clustered_samples(
     p: float, agreement: float
 ):
@@ -255,6 +260,13 @@ def test_a_target_that_is_no_class_is_refused(stand_in, tmp_path):
     trigger = BadNet.draw(resolution=64, target="bananna", seed=0, size=0.1, position="centre", alpha=0)
     trigger.save(tmp_path / "trigger.safetensors")
     with pytest.raises(ConfigError, match="bananna"):
+        measure(stand_in / "victim.safetensors", trigger=tmp_path / "trigger.safetensors")
+
+
+def test_a_trigger_for_another_resolution_is_refused(stand_in, tmp_path):
+    trigger = BadNet.draw(resolution=224, target="banana", seed=0, size=0.1, position="centre", alpha=0)
+    trigger.save(tmp_path / "trigger.safetensors")
+    with pytest.raises(ConfigError, match=r"trigger\.safetensors: the trigger is for another resolution: 224 px"):
         measure(stand_in / "victim.safetensors", trigger=tmp_path / "trigger.safetensors")
 
 

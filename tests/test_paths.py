@@ -119,6 +119,18 @@ def test_what_was_left_to_resume_from_is_removed_at_the_end(runs: Path):
     assert not list(made(Maker()).folder.glob("resume.*"))
 
 
+@pytest.mark.parametrize(("left", "timed"), [(".half.txt.7.tmp", True), ("resume.pt", False)])
+def test_what_a_killed_process_left_half_written_is_removed_and_its_time_is_not_guessed(
+    left: str, timed: bool, runs: Path
+):
+    folder = made(Maker()).folder
+    (folder / "metrics.json").unlink()
+    (folder / left).write_text("half")
+    again = made(Maker())
+    assert (again.metrics["seconds"] is not None) == timed
+    assert not (folder / left).exists()
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -247,6 +247,17 @@ def test_a_damaged_resume_file_is_refused_in_one_line(damage: str, tmp_path: Pat
     assert "\n" not in str(error.value)
 
 
+def test_a_flipped_bit_in_a_resume_file_is_refused(tmp_path: Path):
+    saved = torch.arange(1_000.0)
+    train.save_resume(tmp_path / "resume.pt", {"model": saved})
+    content = bytearray((tmp_path / "resume.pt").read_bytes())
+    content[content.index(saved.numpy().tobytes()) + 500] ^= 1
+    (tmp_path / "resume.pt").write_bytes(content)
+    assert not torch.equal(torch.load(tmp_path / "resume.pt")["model"], saved)  # torch alone does not notice
+    with pytest.raises(RunError, match="damaged file"):
+        load_resume(tmp_path / "resume.pt")
+
+
 @pytest.mark.parametrize("write", [pickle.dump, torch.save], ids=["pickle", "torch"])
 def test_code_in_a_resume_file_is_not_executed(write: Callable, tmp_path: Path):
     with (tmp_path / "resume.pt").open("wb") as f:
@@ -282,6 +293,26 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_stage_and_step(value: 
     assert "\n" not in str(error.value)
     assert not (tmp_path / "history.csv").exists()
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("seconds", [-1.0, 60.0], ids=["before a checkpoint", "at the end"])
+def test_weights_that_are_no_numbers_stop_the_run_and_are_named(
+    seconds: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", seconds)
+    model = Toy()
+    good = toy_loss(model)
+
+    def loss(at: Step) -> tuple[torch.Tensor, dict[str, float]]:
+        if at.step == 11:
+            model.linear.weight.register_hook(lambda grad: grad * math.nan)
+        return good(at)
+
+    with pytest.raises(TrainingError, match=r"toy: .*linear\.weight holds NaN or infinity"):
+        fit(model, loss, count=COUNT, config=CONFIG, folder=tmp_path, stage="toy")
+    assert not (tmp_path / "history.csv").exists()
+    if seconds < 0:
+        assert load_resume(tmp_path / "resume.pt")["step"] == 11
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

@@ -113,6 +113,13 @@ def test_random_places_differ_between_images_and_repeat_with_their_generator():
 
 
 @ATTACKS
+def test_what_is_no_batch_is_refused(attack: str):
+    for images in (pictures()[0], pictures()[None]):
+        with pytest.raises(ValueError, match="images, got"):
+            drawn(attack)(images)
+
+
+@ATTACKS
 @pytest.mark.parametrize("side", [SIDE - 1, SIDE + 1, 2 * SIDE])
 def test_images_of_another_resolution_are_refused(attack: str, side: int):
     with pytest.raises(
@@ -206,6 +213,14 @@ PATTERN = {"pattern": torch.zeros(3, SIDE, SIDE)}
         (PATTERN, {"attack": "blended", "record": "{"}),
         (PATTERN, {"attack": "blended", "record": "[]"}),
         (PATTERN, {"attack": "blended", "record": '{"resolution": 32}'}),
+        (PATTERN, {"attack": "blended", "record": RECORD.replace("0.2", "2.0")}),
+        (PATTERN, {"attack": "blended", "record": RECORD.replace(f"{SIDE}", "8")}),
+        (PATTERN, {"attack": "blended", "record": RECORD.replace(f"{SIDE}", '"32"')}),
+        (PATTERN, {"attack": "blended", "record": RECORD.replace('"banana"', "7")}),
+        (PATTERN, {"attack": "badnet", "record": RECORD}),
+        ({"pattern": torch.full((3, 2, 2), 1.5)}, {"attack": "blended", "record": RECORD}),
+        ({"pattern": torch.full((3, 2, 2), torch.nan)}, {"attack": "blended", "record": RECORD}),
+        ({"pattern": torch.zeros(1, 2, 2)}, {"attack": "blended", "record": RECORD}),
         ({"delta": torch.zeros(3)}, {"attack": "blended", "record": RECORD}),
     ],
 )
