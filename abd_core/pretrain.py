@@ -36,9 +36,14 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
     A retrained run's folder holds `model.safetensors` (fp16) and `history.csv`; `python -m abd_core.pretrain` made the
     committed files in `data/base/` in this way.
 
+    Args:
+        force: train anew, whatever is there; it implies `retrain`.
+
     Raises:
         ConfigError: settings other than the committed base's without `retrain`.
     """
+    if force:
+        config = config.replace(retrain=True)
     if not config.retrain:
         committed = load_run(data_dir() / "base")
         recipe = read_json(committed.file("config.json"))["config"]

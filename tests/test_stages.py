@@ -488,6 +488,14 @@ def test_settings_other_than_the_committed_base_s_are_refused_without_retraining
         pretrain(PretrainConfig(**change))
 
 
+@pytest.mark.slow
+def test_force_trains_the_base_anew_and_leaves_the_committed_one(committed: Path, runs: Path):
+    weights = (committed / "model.safetensors").read_bytes()
+    run = pretrain(PretrainConfig(**{**SHORT, "limit": 32, "epochs": 1}), force=True)
+    assert run.folder.parent == runs / "pretrain"
+    assert (committed / "model.safetensors").read_bytes() == weights
+
+
 def test_a_damaged_committed_base_is_refused(committed: Path):
     (committed / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(paths.RunError, match=r"damaged file: .*model\.safetensors"):
