@@ -162,15 +162,20 @@ wide[["ca_top1", "asr", "ra"]].rename(columns=plots.METRICS).round(1)
 # ## How the defaults were chosen
 #
 # By the table of `python benchmarks/defence.py development`, on another split and other seeds than the one above: each
-# row changes the default in one thing. The aim was the lowest ASR at no more than five points of CA below the victim.
+# row changes the default in one thing, values are means over the seeds. A setting takes the default's place if its ASR
+# is lower by more than two standard errors of the paired difference, and its CA at most five points below the victim's.
+# FT, the untrained patch and the row without EDA are controls, and no candidates: they are not ABD.
 
 # %%
 searched = pd.read_csv(data_dir() / "results" / "development.csv")
-wide = searched.assign(value=100 * searched["value"]).pivot_table(
-    index="setting", columns="metric", values="value", aggfunc="mean"
-)
-wide["seeds"] = searched.groupby("setting")["seed"].nunique()
-wide[["ca_top1", "asr", "ra", "seeds"]].rename(columns=plots.METRICS).round(1).sort_values("ASR")
+searched["value"] *= 100
+wide = searched.pivot_table(index="setting", columns="metric", values="value")[["ca_top1", "asr", "ra"]]
+asr = searched[searched["metric"] == "asr"].pivot(index="seed", columns="setting", values="value")
+difference = asr.sub(asr["default"], axis=0)
+wide["ASR against default"] = difference.mean()
+wide["2 standard errors"] = 2 * difference.sem()
+wide["seeds"] = asr.count()
+wide.rename(columns=plots.METRICS).round(1).sort_values("ASR")
 
 # %% [markdown]
 # **What was learnt.** At these settings the backdoor goes, and the price in clean accuracy is in the tables. They do not

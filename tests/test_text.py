@@ -427,11 +427,14 @@ def test_no_tokens_for_no_captions():
     assert text.tokenize([], context_length=16).shape == (0, 16)
 
 
-def test_a_caption_is_encoded_once_and_later_changes_to_its_tokens_do_not_come_back(
-    monkeypatch: pytest.MonkeyPatch,
-):
-    encoded, encode = [], open_clip.tokenize
-    monkeypatch.setattr(open_clip, "tokenize", lambda texts, *rest: encoded.extend(texts) or encode(texts, *rest))
+def test_a_caption_is_encoded_once_and_later_changes_to_its_tokens_do_not_come_back(monkeypatch: pytest.MonkeyPatch):
+    encoded, tokenizer = [], open_clip.SimpleTokenizer()
+
+    def encode(captions: list[str], context_length: int) -> torch.Tensor:
+        encoded.extend(captions)
+        return tokenizer(captions, context_length)
+
+    monkeypatch.setattr(text, "_plain_tokenizer", lambda: encode)
     text._token_row.cache_clear()
     first = text.tokenize(["dog", "cat", "dog"], context_length=8)
     expected = first.clone()
