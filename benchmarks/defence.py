@@ -4,9 +4,9 @@
     python benchmarks/defence.py evaluation     # writes data/results/evaluation.csv
 
 A tidy row a metric. Runs are load-or-make, so that it can be interrupted. Defaults are chosen by the first table, of
-other seeds and another split than the second: a setting replaces the default if over the development seeds its ASR is
-lower by more than two standard errors of the paired difference, and its CA at most 5 points below the victim's. FT, the
-untrained patch and the row without EDA are controls, and no candidates: they are not ABD.
+other seeds and another split than the second: a setting replaces the default if over the development seeds the 95 %
+t-interval of the paired difference says that its ASR is lower, and its CA is at most 5 points below the victim's. FT,
+the untrained patch and the row without EDA are controls, and no candidates: they are not ABD.
 """
 
 from __future__ import annotations
