@@ -32,6 +32,35 @@ def clip_loss(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor
     return (info_nce(image, text, scale=logit_scale) + info_nce(text, image, scale=logit_scale)) / 2
 
 
+def in_modal_loss(
+    image: torch.Tensor,
+    augmented_image: torch.Tensor,
+    text: torch.Tensor,
+    augmented_text: torch.Tensor,
+    logit_scale: torch.Tensor | float,
+) -> torch.Tensor:
+    """CleanCLIP's self-supervised loss: the mean over both modalities of InfoNCE from plain to augmented features.
+
+    One direction in each, as in the code of Bansal et al. 2023.
+    """
+    image_term = info_nce(image, augmented_image, scale=logit_scale)
+    return (image_term + info_nce(text, augmented_text, scale=logit_scale)) / 2
+
+
+def nearest(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """RoCLIP's match: for each query (B, D) the row of `bank` (N, D) of the highest cosine; no gradient, (B, D)."""
+    return bank[(queries.detach() @ bank.T).argmax(1)].detach()
+
+
+def feature_shift(features: torch.Tensor, reference: torch.Tensor, *, limit: float) -> torch.Tensor:
+    """PAR's S [S <= limit], with S the mean squared L2 distance (in [0, 4]) of features from a reference's.
+
+    Beyond the limit it is 0 and has no gradient: features that left far enough are pushed no further.
+    """
+    shift = (features - reference).square().sum(1).mean()
+    return torch.where(shift > limit, torch.zeros_like(shift), shift)
+
+
 def backdoor_loss(
     clean: torch.Tensor, victim: torch.Tensor, *, tau: float = 0.1, negatives: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -13,14 +13,15 @@ from conftest import start_python, without_time
 from safetensors.torch import load_file
 
 from abd_core import adversary as adversary_module
-from abd_core import defend as defend_module
+from abd_core import defences as defences_module
 from abd_core import models, paths, train
 from abd_core import poison as poison_module
 from abd_core import pretrain as pretrain_module
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import Config, ConfigError
 from abd_core.data import load_pairs
-from abd_core.defend import DEFENCES, DefendConfig, defend
+from abd_core.defences import DEFENCES, DefendConfig
+from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.generator import Perturbation
 from abd_core.paths import Run
@@ -353,8 +354,18 @@ def test_an_adversary_s_loss_that_is_no_number_leaves_no_finished_run(victim: Pa
     "option",
     [
         {"defence": "ft"},
+        {"defence": "cleanclip"},
+        {"defence": "roclip"},
+        {"defence": "par"},
+        {"defence": "clean"},
+        {"defence": "wise-ft"},
+        {"defence": "noise-patch"},
+        {"defence": "random-erasing"},
+        {"defence": "gaussian-noise"},
         {"view": "both"},
+        {"view": "clean"},
         {"eda": False},
+        {"patch_place": "centre"},
         {"batch_norm": "frozen"},
         {"share": 1.0},
         {"lr": 2e-3},
@@ -370,7 +381,8 @@ def test_each_option_of_the_defender_runs_and_changes_the_model(option: dict, fi
 
 
 def test_every_defence_is_tested_here():
-    assert set(DEFENCES) == {"abd", "ft"}
+    controls = {"noise-patch", "random-erasing", "gaussian-noise"}
+    assert set(DEFENCES) == {"abd", "ft", "cleanclip", "roclip", "par", "clean", "wise-ft", *controls}
 
 
 def test_fine_tuning_needs_no_perturbation(victim: Path):
@@ -410,7 +422,7 @@ def test_abd_trains_on_perturbed_images_and_eda_captions(
     view: str, count: int, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
     batches, captions = [], []
-    encode, tokens = models.encode_image, defend_module.tokenize
+    encode, tokens = models.encode_image, defences_module.tokenize
 
     def encode_image(model, images):
         if model.training:
@@ -422,7 +434,7 @@ def test_abd_trains_on_perturbed_images_and_eda_captions(
         return tokens(texts, context_length=context_length)
 
     monkeypatch.setattr(models, "encode_image", encode_image)
-    monkeypatch.setattr(defend_module, "tokenize", tokenize)
+    monkeypatch.setattr(defences_module, "tokenize", tokenize)
     start("defend", DEFEND.replace(view=view), files)
     pairs, delta = load_pairs(64).subset(0.5, seed=0), Perturbation.load(files["patch"]).delta
     assert len(batches) == len(captions) == 4

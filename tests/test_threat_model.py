@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import start_python
 
-from abd_core import adversary, defend, poison, triggers
+from abd_core import adversary, defences, defend, poison, triggers
 from abd_core.adversary import AdversaryConfig
-from abd_core.defend import DEFENCES, DefendConfig
+from abd_core.defences import DEFENCES, DefendConfig
 
 RECORDS = ("trigger.safetensors", "poisoned.csv", "config.json", "metrics.json", "history.csv", "manifest.json")
 SECRETS = ("trigger", "target", "poison", "attack", "backdoor_class")
@@ -33,7 +33,8 @@ safetensors.safe_open = Heard
 
 from conftest import use_stand_in
 from abd_core.adversary import AdversaryConfig, adversary
-from abd_core.defend import DefendConfig, defend
+from abd_core.defences import DEFENCES, DefendConfig
+from abd_core.defend import defend
 from abd_core.poison import PoisonConfig, poison
 
 use_stand_in(Path({stand_in!r}))
@@ -50,9 +51,9 @@ print(json.dumps(opened))
 """
 DEFENDER = """
 found = adversary(AdversaryConfig(limit=64, steps=2, batch_size=8, width=16), victim)
-defend(
-    DefendConfig(limit=64, epochs=1, batch_size=16), victim, perturbation=found.file("perturbation.safetensors")
-)
+for defence in DEFENCES:
+    config = DefendConfig(defence=defence, limit=64, epochs=2, batch_size=16)
+    defend(config, victim, perturbation=found.file("perturbation.safetensors"))
 """
 
 # Each reads a file of the attack's record, and finds it damaged.
@@ -89,7 +90,7 @@ def planted(stand_in: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_adversary_and_defence_open_nothing_beside_the_victim_s_weights(stand_in: Path, planted: Path):
+def test_adversary_and_every_defence_open_nothing_beside_the_victim_s_weights(stand_in: Path, planted: Path):
     events = opened(stand_in, planted, DEFENDER)
     near = {path for _, *files in events for path in files if Path(path).is_relative_to(planted.parent)}
     assert near == {str(planted)}
@@ -119,7 +120,7 @@ def test_no_setting_of_the_defender_can_carry_the_attack(config):
     assert [name for name in config.names() if any(secret in name for secret in SECRETS)] == []
 
 
-@pytest.mark.parametrize("module", [adversary, defend])
+@pytest.mark.parametrize("module", [adversary, defences, defend])
 def test_the_defender_s_modules_hold_nothing_of_the_attacker_s(module):
     theirs = {
         name
