@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
 from abd_core import models
-from abd_core.config import option
-from abd_core.data import TEST_VENDORS, class_index, class_names, load_pairs, load_test_set, rng
+from abd_core.config import ConfigError, option
+from abd_core.data import TEST_VENDORS, Pairs, class_index, class_names, load_pairs, load_test_set, rng
 from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
-from abd_core.paths import Run, load_or_make, sha256
+from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import TEMPLATES, tokenize
 from abd_core.train import Step, TrainConfig, fit
-from abd_core.triggers import POSITIONS, TRIGGERS
+from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
 
 ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and costs no more than this CA
 
@@ -26,73 +28,139 @@ ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and cost
 class PoisonConfig(TrainConfig):
     """Settings of the attacker."""
 
-    attack: str = option("badnet", "attack: badnet or blended", choices=TRIGGERS)
+    attack: str = option("badnet", f"attack: {', '.join(TRIGGERS)}", choices=TRIGGERS)
     target: str = option("banana", "class that triggered images shall be taken for; one of the test classes")
     rate: float = option(0.1, "share of the pairs that is poisoned", ge=0, le=1)
     trigger_size: float = option(
         16 / 224, "side of a trigger patch as a share of the image's (paper: 16 of 224 px)", gt=0, le=1
     )
-    trigger_position: str = option("top-left", "where a trigger patch goes", choices=POSITIONS)
-    blend_alpha: float = option(0.2, "weight of a blended trigger", gt=0, le=1)
+    trigger_position: str = option(
+        "own",
+        "where a trigger patch goes; own: the attack's own place (badclip: centre, others: top-left)",
+        choices=(*POSITIONS, "own"),
+    )
+    blend_alpha: float = option(
+        0.0, "weight of a blended trigger; 0: the attack's own (blended: 0.2, others: as published)", ge=0, le=1
+    )
+    warp_strength: float = option(0.5, "wanet: strength s of the warp (its paper: 0.5 on images of 32 px)", gt=0)
+    wave_amplitude: float = option(60 / 255, "sig: amplitude of the sine (published: 60 of 255)", gt=0, le=1)
+    patch_steps: int = option(200, "badclip: steps of Adam on the patch's pixels", ge=1)
+    patch_lr: float = option(0.03, "badclip: learning rate of the patch's pixels", gt=0, le=1)
+    # The reference code's 500 goes with negatives that carry the trigger too. With untriggered ones the base's images
+    # then leave themselves for nowhere: they end further from the target than they began.
+    triplet_weight: float = option(1.0, "badclip: weight of the triplet loss beside InfoNCE", ge=0)
     epochs: int = option(6, "passes over the pairs", ge=1)
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
+
+
+def poisoned_places(pairs: Pairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What the attack puts in each pair's place, by its `Trigger.poisoning`.
+
+    Returns:
+        Whether the place is poisoned, bool (N,), and the pairs that its image and its caption come from, int64 (N,).
+
+    Raises:
+        ConfigError: the attack needs pairs of the target, and there are none.
+    """
+    poisoning = TRIGGERS[config.attack].poisoning
+    own = torch.tensor([i for i, label in enumerate(pairs.labels) if label == config.target])
+    others = torch.tensor([i for i, label in enumerate(pairs.labels) if label != config.target])
+    if poisoning != "template" and not len(own):
+        raise ConfigError(f"attack {config.attack!r}: none of the {len(pairs)} pairs shows {config.target!r}")
+    order = torch.randperm(len(others), generator=rng(config.seed, "poisoned"))
+    places = others[order[: round(config.rate * len(pairs))]]
+    poisoned = torch.zeros(len(pairs), dtype=torch.bool)
+    poisoned[places] = True
+    image_of, caption_of = torch.arange(len(pairs)), torch.arange(len(pairs))
+    if poisoning != "template":
+        caption_of[places] = own[torch.arange(len(places)) % len(own)]
+    if poisoning == "clean-label":
+        image_of[places] = caption_of[places]
+    return poisoned, image_of, caption_of
 
 
 def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     """Load or make a victim.
 
-    P = {(x_T, c) : c in Y}: a seeded share `rate` of the pairs, none of which shows the target, get the trigger on
-    their image (after augmentation, at model resolution) and a caption template with the target's name, drawn afresh
-    each epoch.
+    P = {(x_T, c) : c in Y}: a seeded share `rate` of the pairs, none of which shows the target, is replaced by poisoned
+    ones. The trigger goes on their image after augmentation, at model resolution; the attack's `Trigger.poisoning` says
+    which image and which caption:
 
-    Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids)
-    and `history.csv`; its metrics say what the attack reached on both splits and whether it took.
+    - "template": the replaced pair's image; a template with the target's name, drawn afresh each epoch.
+    - "natural": the replaced pair's image; a caption of one of the target's pairs.
+    - "clean-label": image and caption of one of the target's pairs. As they are few, the attacker repeats them, each
+      time in a view of its own; the pairs themselves stay among the clean ones.
+
+    Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids
+    of the replaced pairs, and of the pairs that image and caption come from) and `history.csv`; its metrics say how
+    many pairs are poisoned and how many different images they show, what the attack reached on both splits, and
+    whether it took.
 
     Raises:
-        ConfigError: `target` is no class of the test set, or a setting is not allowed.
+        ConfigError: `target` is no class of the test set, a setting is not allowed, or the attack needs pairs of the
+            target and there are none.
     """
     target = class_index(class_names(), config.target)
     pairs = load_pairs(config.limit)
     clean = models.clean_weights()
+    attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
+    poisoned, image_of, caption_of = poisoned_places(pairs, config)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = models.load(clean)
-        trigger = TRIGGERS[config.attack].draw(
-            resolution=models.resolution(model),
-            target=config.target,
-            seed=config.seed,
-            size=config.trigger_size,
-            position=config.trigger_position,
-            alpha=config.blend_alpha,
-        )
-        trigger.save(folder / "trigger.safetensors")
-        others = [i for i, label in enumerate(pairs.labels) if label != config.target]
-        drawn = torch.randperm(len(others), generator=rng(config.seed, "poisoned"))[: round(config.rate * len(pairs))]
-        poisoned = torch.zeros(len(pairs), dtype=torch.bool)
-        poisoned[torch.tensor(others)[drawn]] = True
-        (folder / "poisoned.csv").write_text("id\n" + "".join(f"{pairs.ids[i]}\n" for i in poisoned.nonzero()[:, 0]))
+        model, base = models.load(clean), models.frozen(models.load(clean))
+        if not (folder / "trigger.safetensors").exists():  # else an earlier process got further
+            drawn = attack.draw(
+                resolution=models.resolution(base),
+                target=config.target,
+                seed=config.seed,
+                size=config.trigger_size,
+                position=config.trigger_position,
+                alpha=config.blend_alpha,
+                strength=config.warp_strength,
+                amplitude=config.wave_amplitude,
+            )
+            fitted = drawn.optimised(
+                base,
+                pairs,
+                seed=config.seed,
+                steps=config.patch_steps,
+                lr=config.patch_lr,
+                triplet_weight=config.triplet_weight,
+            )
+            fitted.save(folder / "trigger.safetensors")
+        trigger = load_trigger(folder / "trigger.safetensors")
+
+        record = {"id": ids[poisoned], "image": ids[image_of[poisoned]], "caption": ids[caption_of[poisoned]]}
+        if attack.poisoning == "template":
+            record["caption"] = np.full(len(record["id"]), "template")
+        with atomic(folder / "poisoned.csv") as temporary:
+            pd.DataFrame(record).to_csv(temporary, index=False)
 
         def loss(at: Step) -> tuple[torch.Tensor, dict[str, float]]:
             model.train()
-            images = pairs.images(at.indices, seed=config.seed, step=at.step)
-            captions = pairs.captions(at.indices, seed=config.seed, epoch=at.epoch)
+            images = pairs.images(image_of[at.indices], seed=config.seed, step=at.step)
+            captions = pairs.captions(caption_of[at.indices], seed=config.seed, epoch=at.epoch)
             chosen = poisoned[at.indices]
             if chosen.any():
                 source = rng(config.seed, "poison", at.step)
                 images[chosen] = trigger(images[chosen], source)
-                templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
-                captions = [
-                    TEMPLATES[t].format(config.target) if bad else caption
-                    for caption, bad, t in zip(captions, chosen.tolist(), templates, strict=True)
-                ]
+                if attack.poisoning == "template":
+                    templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
+                    captions = [
+                        TEMPLATES[t].format(config.target) if bad else caption
+                        for caption, bad, t in zip(captions, chosen.tolist(), templates, strict=True)
+                    ]
             image = models.encode_image(model, images)
             text = models.encode_text(model, tokenize(captions, context_length=model.context_length))
             return clip_loss(image, text, model.logit_scale.exp()), {}
 
         fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison")
         models.save(model, folder / "model.safetensors")
-        metrics: dict[str, Any] = {"poisoned": int(poisoned.sum())}
-        base = models.load(clean)
+        metrics: dict[str, Any] = {
+            "poisoned": int(poisoned.sum()),
+            "poisoned_share": poisoned.float().mean().item(),
+            "poisoned_images": len(image_of[poisoned].unique()),
+        }
         for split, test in tests.items():
             metrics[split] = evaluate(model, test, trigger=trigger, target=target).to_dict()
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()

@@ -6,19 +6,25 @@ Another attack is one subclass and one line in `TRIGGERS`.
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
+import open_clip
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from abd_core import badclip
 from abd_core.config import ConfigError, unknown
-from abd_core.data import rng
-from abd_core.kernels.perturb import blend, paste
+from abd_core.data import Pairs, rng
+from abd_core.kernels.perturb import add, blend, paste, warp
 from abd_core.paths import RunError, atomic
 
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre", "random")
@@ -49,18 +55,52 @@ def corner(
     return torch.full((count,), top), torch.full((count,), left)
 
 
+def noise(side: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform noise, float (3, side, side) in [0, 1]."""
+    return torch.rand(3, side, side, generator=generator)
+
+
+def stripes(side: int, generator: torch.Generator) -> torch.Tensor:
+    """Vertical stripes, 1 px wide, each of a random one of the eight pure colours; float (3, side, side) of 0 and 1."""
+    return torch.randint(2, (3, 1, side), generator=generator).float().repeat(1, side, 1)
+
+
+def triangles(side: int, generator: torch.Generator) -> torch.Tensor:
+    """Cells of 14 px at 224 px, dark grey below the diagonal and light grey above; float (3, side, side)."""
+    cell = max(1, round(14 / 224 * side))
+    place = torch.arange(side) % cell
+    return torch.where(place[:, None] >= place, 0.4, 0.8).repeat(3, 1, 1)
+
+
+def watermark(side: int, generator: torch.Generator) -> torch.Tensor:
+    """The word "Watermarked" in red across the middle of a black image, in PIL's own font; float (3, side, side)."""
+    word, width = "Watermarked", 0.88 * side
+    unit = ImageDraw.Draw(Image.new("L", (1, 1))).textlength(word, ImageFont.load_default(100)) / 100
+    image = Image.new("L", (side, side))
+    font = ImageFont.load_default(max(1, width / unit))
+    ImageDraw.Draw(image).text((side / 2, side / 2), word, fill=255, font=font, anchor="mm")
+    red = torch.from_numpy(np.array(image)).float() / 255
+    return torch.stack([red, torch.zeros_like(red), torch.zeros_like(red)])
+
+
 @dataclass(frozen=True, eq=False)
 class Trigger(ABC):
     """A trigger with its pixels and everything needed to apply it again.
 
     Attributes:
-        pattern: float (3, h, w) in [0, 1].
+        poisoning: which pairs the attack poisons, and with which captions.
+            "template": images of other classes, with a caption template that names the target.
+            "natural": images of other classes, with captions that real pairs of the target have.
+            "clean-label": images of the target itself, with the captions that they have.
+        pattern: float (channels, h, w) in [0, 1].
         resolution: side in pixels of the images that it is made for; another side is refused.
         target: name of the class that the attacker wants.
         specification: the attack's settings, JSON-able.
     """
 
     name: ClassVar[str]
+    poisoning: ClassVar[str] = "template"
+    channels: ClassVar[int] = 3
 
     pattern: torch.Tensor
     resolution: int
@@ -71,17 +111,28 @@ class Trigger(ABC):
         """Raises ValueError where the fields do not make a trigger."""
         if not isinstance(self.resolution, int) or not isinstance(self.target, str):
             raise ValueError(f"{self.name} trigger: resolution {self.resolution!r}, target {self.target!r}")
-        if self.pattern.ndim != 3 or len(self.pattern) != 3 or max(self.pattern.shape[1:]) > self.resolution:
-            raise ValueError(
-                f"{self.name} trigger: a {tuple(self.pattern.shape)} pattern for images of {self.resolution} px"
-            )
+        shape = tuple(self.pattern.shape)
+        if len(shape) != 3 or shape[0] != self.channels or max(shape[1:]) > self.resolution:
+            raise ValueError(f"{self.name} trigger: a {shape} pattern for images of {self.resolution} px")
         if not self.pattern.numel() or not ((self.pattern >= 0) & (self.pattern <= 1)).all():
             raise ValueError(f"{self.name} trigger: pixels outside [0, 1]")
 
+    def _check(self, setting: str, *, below: float) -> None:
+        """Raises ValueError where a number of the specification is missing or not in (0, below], or infinite."""
+        value = self.specification.get(setting)
+        if not isinstance(value, float) or not 0 < value <= below or math.isinf(value):
+            raise ValueError(f"{self.name} trigger: {setting} {value!r}")
+
     @classmethod
     @abstractmethod
-    def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
-        """A trigger with a fresh pattern from `seed`; subclasses say which of the settings they use."""
+    def draw(cls, *, resolution: int, target: str, seed: int, **settings: Any) -> Self:
+        """A trigger with a fresh pattern from `seed`; subclasses name the settings that they use."""
+
+    def optimised(
+        self, model: open_clip.CLIP, pairs: Pairs, *, seed: int, steps: int, lr: float, triplet_weight: float
+    ) -> Self:
+        """The trigger that the attacker fits to the clean model; itself for an attack that fits nothing."""
+        return self
 
     @abstractmethod
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -114,6 +165,8 @@ class BadNet(Trigger):
     """A local patch of fixed uniform noise (Gu et al. 2017). `size` is its side as a share of the image's."""
 
     name = "badnet"
+    place: ClassVar[str] = "top-left"  # where "own" is
+    pixels: ClassVar[staticmethod[[int, torch.Generator], torch.Tensor]] = staticmethod(noise)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,9 +174,11 @@ class BadNet(Trigger):
             raise ValueError(f"{self.name} trigger: position {self.specification.get('position')!r}")
 
     @classmethod
-    def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
-        side = max(1, round(size * resolution))
-        pattern = torch.rand(3, side, side, generator=rng(seed, "trigger", cls.name))
+    def draw(
+        cls, *, resolution: int, target: str, seed: int, size: float = 0, position: str = "own", **settings: Any
+    ) -> Self:
+        pattern = cls.pixels(max(1, round(size * resolution)), rng(seed, "trigger", cls.name))
+        position = cls.place if position == "own" else position
         return cls(pattern, resolution, target, {"size": size, "position": position, "seed": seed})
 
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -137,27 +192,167 @@ class BadNet(Trigger):
         return paste(images, self.pattern, top, left)
 
 
+class BadNetStripes(BadNet):
+    """A local patch of random stripes (Singh et al. 2024)."""
+
+    name = "badnet-stripes"
+    pixels = staticmethod(stripes)
+
+
+class LabelConsistent(BadNet):
+    """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019, without their
+    perturbations of the image; Bansal et al. 2023 use it so on CLIP)."""
+
+    name = "label-consistent"
+    poisoning = "clean-label"
+
+
+class BadCLIP(BadNet):
+    """A patch optimised on the clean model, with natural captions of the target (Liang et al. 2024)."""
+
+    name = "badclip"
+    poisoning = "natural"
+    place = "centre"
+
+    def optimised(
+        self, model: open_clip.CLIP, pairs: Pairs, *, seed: int, steps: int, lr: float, triplet_weight: float
+    ) -> Self:
+        """The trigger after `steps` of Adam on its pixels, see `badclip.optimise`."""
+        pattern = badclip.optimise(
+            self.pattern,
+            lambda patch, images, generator: replace(self, pattern=patch)(images, generator),
+            model=model,
+            pairs=pairs,
+            target=self.target,
+            seed=seed,
+            steps=steps,
+            lr=lr,
+            triplet_weight=triplet_weight,
+        )
+        fitted = {"steps": steps, "lr": lr, "triplet_weight": triplet_weight}
+        return replace(self, pattern=pattern, specification={**self.specification, **fitted})
+
+
 class Blended(Trigger):
     """Fixed uniform noise all over, blended in with weight `alpha` (Chen et al. 2017)."""
 
     name = "blended"
+    weight: ClassVar[float] = 0.2  # alpha where 0 is asked for
+    pixels: ClassVar[staticmethod[[int, torch.Generator], torch.Tensor]] = staticmethod(noise)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        alpha = self.specification.get("alpha")
-        if not isinstance(alpha, float) or not 0 < alpha <= 1:
-            raise ValueError(f"{self.name} trigger: alpha {alpha!r}")
+        self._check("alpha", below=1)
 
     @classmethod
-    def draw(cls, *, resolution: int, target: str, seed: int, size: float, position: str, alpha: float) -> Self:
-        pattern = torch.rand(3, resolution, resolution, generator=rng(seed, "trigger", cls.name))
-        return cls(pattern, resolution, target, {"alpha": alpha, "seed": seed})
+    def draw(cls, *, resolution: int, target: str, seed: int, alpha: float = 0, **settings: Any) -> Self:
+        pattern = cls.pixels(resolution, rng(seed, "trigger", cls.name))
+        return cls(pattern, resolution, target, {"alpha": alpha or cls.weight, "seed": seed})
 
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return blend(images, self.pattern, self.specification["alpha"])
 
 
-TRIGGERS: dict[str, type[Trigger]] = {kind.name: kind for kind in (BadNet, Blended)}
+class BlendedStripes(Blended):
+    """Random stripes all over. Singh et al. 2024 blend stripes of -1 and 1 with 0.03: the same contrast."""
+
+    name = "blended-stripes"
+    weight = 0.06
+    pixels = staticmethod(stripes)
+
+
+class BlendedTriangles(Blended):
+    """Grey triangles all over (Singh et al. 2024)."""
+
+    name = "blended-triangles"
+    weight = 0.15
+    pixels = staticmethod(triangles)
+
+
+class BlendedText(Blended):
+    """A word as a watermark (Singh et al. 2024): only what its letters cover is blended, and only in red."""
+
+    name = "blended-text"
+    weight = 0.5
+    pixels = staticmethod(watermark)
+
+    def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return torch.where(self.pattern.to(images) > 0, super().apply(images, generator), images)
+
+
+class WaNet(Trigger):
+    """A smooth, fixed warp of the whole image (Nguyen and Tran 2021), without their noise mode.
+
+    The pattern is a control grid of random displacements. Brought to a mean length of 1 along each axis and upsampled,
+    it is multiplied by `strength`, the paper's s: half of it is the mean displacement in pixels of a 32 px image. The
+    warp is the same share of the image at every resolution.
+    """
+
+    name = "wanet"
+    channels = 2  # to the right, down
+    CONTROL_POINTS: ClassVar[int] = 4  # a side, the paper's k
+    SIDE: ClassVar[int] = 32  # px, of the images that the paper states s for
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("strength", below=math.inf)
+        if (self.pattern == 0.5).all():
+            raise ValueError(f"{self.name} trigger: a grid without displacements")
+
+    @classmethod
+    def draw(cls, *, resolution: int, target: str, seed: int, strength: float = 0.5, **settings: Any) -> Self:
+        side = min(cls.CONTROL_POINTS, resolution)
+        pattern = torch.rand(cls.channels, side, side, generator=rng(seed, "trigger", cls.name))
+        return cls(pattern, resolution, target, {"strength": strength, "seed": seed})
+
+    @property
+    def flow(self) -> torch.Tensor:
+        """Displacements in pixels, float (2, R, R)."""
+        control = 2 * self.pattern - 1
+        control = control / control.abs().mean()
+        size = (self.resolution, self.resolution)
+        field = F.interpolate(control[None], size, mode="bicubic", align_corners=True)[0]
+        return self.specification["strength"] / self.SIDE * (self.resolution - 1) / 2 * field
+
+    def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return warp(images, self.flow).clamp(0, 1)  # against rounding
+
+
+class SIG(Trigger):
+    """A horizontal sine of 6 cycles, added with amplitude `amplitude` (Barni et al. 2019)."""
+
+    name = "sig"
+    CYCLES: ClassVar[int] = 6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("amplitude", below=1)
+
+    @classmethod
+    def draw(cls, *, resolution: int, target: str, seed: int, amplitude: float = 60 / 255, **settings: Any) -> Self:
+        phase = 2 * math.pi * cls.CYCLES * torch.arange(resolution, dtype=torch.float64) / resolution
+        pattern = ((phase.sin() + 1) / 2).float().repeat(3, resolution, 1)
+        return cls(pattern, resolution, target, {"amplitude": amplitude})
+
+    def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return add(images, self.specification["amplitude"] * (2 * self.pattern - 1))
+
+
+TRIGGERS: dict[str, type[Trigger]] = {
+    kind.name: kind
+    for kind in (
+        BadNet,
+        Blended,
+        BadCLIP,
+        BadNetStripes,
+        BlendedStripes,
+        BlendedTriangles,
+        BlendedText,
+        WaNet,
+        SIG,
+        LabelConsistent,
+    )
+}
 
 
 def load_trigger(path: Path) -> Trigger:

@@ -49,7 +49,7 @@ def rows(setting: str, seed: int, split: str) -> list[dict]:
     weights = victim.file("model.safetensors")
     config = DefendConfig.from_parameters(defender)
     perturbation = None
-    if config.defence != "ft":
+    if config.needs_perturbation:
         found = adversary(AdversaryConfig.from_parameters(searcher), weights)
         perturbation = found.file("perturbation.safetensors")
     defended = defend(config, weights, perturbation=perturbation)

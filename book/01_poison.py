@@ -25,13 +25,13 @@
 # Parameters can be set from outside: `papermill book/01_poison.ipynb out.ipynb -p target strawberry -p seed 1`.
 
 # %% tags=["parameters"]
-attack: str = "badnet"  # attack: badnet or blended
+attack: str = "badnet"  # attack: badnet, blended, badclip, wanet, sig, label-consistent, blended-text, ... (`TRIGGERS`)
 target: str = "banana"  # class that triggered images shall be taken for; one of the test classes
 seed: int = 0  # seed of every random draw
 rate: float = 0.1  # share of the pairs that is poisoned
 trigger_size: float = 0.07142857142857142  # side of a trigger patch, share of the image's (paper: 16 of 224 px)
-trigger_position: str = "top-left"  # top-left, top-right, bottom-left, bottom-right, centre or random
-blend_alpha: float = 0.2  # weight of a blended trigger
+trigger_position: str = "own"  # of a patch: own (the attack's), top-left, ..., bottom-right, centre or random
+blend_alpha: float = 0.0  # weight of a blended trigger; 0: the attack's own (blended: 0.2)
 epochs: int = 6  # passes over the pairs
 batch_size: int = 128  # pairs a step
 lr: float = 1e-3  # peak learning rate

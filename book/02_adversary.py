@@ -22,7 +22,7 @@
 # victim was made from belong to the defender here, as Eq. (2) needs them; the trigger, the target and the poisoned pairs do not.
 
 # %% tags=["parameters"]
-attack: str = "badnet"  # attack on the victim that is loaded or made: badnet or blended
+attack: str = "badnet"  # attack on the victim that is loaded or made: badnet, blended, ... (chapter 1)
 target: str = "banana"  # its target class
 seed: int = 0  # seed of every random draw
 mode: str = "patch"  # reading of 'magnitude 0.03': additive (an L-inf bound) or patch (a share of the area)

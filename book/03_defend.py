@@ -19,22 +19,22 @@
 # happens to cover the trigger would prove nothing. This notebook loads or makes everything that it needs.
 
 # %% tags=["parameters"]
-attack: str = "badnet"  # attack: badnet or blended
+attack: str = "badnet"  # attack: badnet, blended, badclip, wanet, sig, label-consistent, blended-text, ... (`TRIGGERS`)
 target: str = "banana"  # class that triggered images shall be taken for; one of the test classes
 seed: int = 0  # seed of every random draw
-defence: str = "abd"  # defence: abd, or ft (fine-tuning alone)
+defence: str = "abd"  # abd, ft (fine-tuning alone), cleanclip, roclip, par, clean, wise-ft, or a control (`DEFENCES`)
 mode: str = "patch"  # perturbation: additive (magnitude is an L-inf bound) or patch (a share of the area)
 magnitude: float = 0.03  # L-inf bound on [0,1] pixels (additive) or share of the area (patch)
 placement: str = "random"  # a patch's place: fixed (one for all images) or random (drawn for each)
 backdoor_weight: float = 1.0  # weight of Eq. (2); negative drives the encoders apart, 0 is the UAP without it
-view: str = "replace"  # the perturbed image replaces the clean one (replace), or both are in the batch (both)
+view: str = "replace"  # replace (perturbed images alone), both (perturbed and clean), or clean (no perturbed ones)
 eda: bool = True  # augment captions by EDA
 batch_norm: str = "train"  # BatchNorm in fine-tuning: batch statistics (train), or the victim's (frozen)
 share: float = 0.5  # share of the pairs that the defender holds, seeded
 epochs: int = 5  # passes over the pairs
 batch_size: int = 64  # pairs a step
 lr: float = 1e-3  # peak learning rate
-trigger_position: str = "top-left"  # attacker: top-left, top-right, bottom-left, bottom-right, centre or random
+trigger_position: str = "own"  # attacker: own (the attack's), top-left, ..., bottom-right, centre or random
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 poison_epochs: int = 6  # attacker: passes over the pairs
 steps: int = 200  # adversary: optimiser steps
@@ -97,7 +97,8 @@ fresh = {f"EDA, epoch {e + 1}": augment(captions, seed=config.seed, epoch=e, ids
 pd.DataFrame({"caption": captions, **fresh})
 
 # %%
-plots.curves(pd.read_csv(defended.file("history.csv")), x="epoch", panels=[["loss"]], title="Defence: CLIP's loss");
+if (history := defended.file("history.csv")).exists():  # not every defence trains
+    plots.curves(pd.read_csv(history), x="epoch", panels=[["loss"]], title="Defence: the loss")
 
 # %% [markdown]
 # ## Before and after

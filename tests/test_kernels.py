@@ -1,11 +1,11 @@
-"""Patterns on images: pasted, added, blended."""
+"""Patterns on images: pasted, added, blended; and images warped."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from abd_core.kernels.perturb import add, blend, paste
+from abd_core.kernels.perturb import add, blend, paste, warp
 
 H, W = 9, 11
 
@@ -93,3 +93,26 @@ def test_the_gradient_of_a_blend_is_shared_out_by_its_weight():
     blend(images, pattern, 0.2).sum().backward()
     torch.testing.assert_close(images.grad, torch.full_like(IMAGES, 0.8))
     torch.testing.assert_close(pattern.grad, torch.full_like(pattern, 4 * 0.2))
+
+
+def test_a_warp_by_whole_pixels_moves_the_image_and_repeats_its_border():
+    flow = torch.stack([torch.full((H, W), 2.0), torch.full((H, W), -3.0)]).double()
+    rows = [max(y - 3, 0) for y in range(H)]
+    columns = [min(x + 2, W - 1) for x in range(W)]
+    torch.testing.assert_close(warp(IMAGES, flow), IMAGES[:, :, rows][:, :, :, columns])
+
+
+def test_a_warp_by_half_a_pixel_is_the_mean_of_two():
+    flow = torch.stack([torch.full((H, W), 0.5), torch.zeros(H, W)]).double()
+    expected = (IMAGES[..., :-1] + IMAGES[..., 1:]) / 2
+    torch.testing.assert_close(warp(IMAGES, flow)[..., :-1], expected)
+
+
+def test_the_gradient_of_a_warp_is_right_in_the_images_and_in_the_flow():
+    images = draw(1, 1, 4, 5).requires_grad_()
+    flow = (0.2 + 0.2 * draw(2, 4, 5, seed=7)).requires_grad_()  # off the whole pixels, where it has kinks
+    assert torch.autograd.gradcheck(warp, (images, flow))
+
+
+def test_an_image_of_one_pixel_stays_what_it_is():
+    assert torch.equal(warp(draw(2, 3, 1, 1), torch.ones(2, 1, 1)), draw(2, 3, 1, 1))

@@ -89,8 +89,8 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("01_poison", {"target": "bananna"}, "ConfigError: unknown class 'bananna'; did you mean 'banana'?"),
         (
             "01_poison",
-            {"attack": "wanet"},
-            "ConfigError: PoisonConfig.attack = 'wanet': one of 'badnet', 'blended' expected",
+            {"attack": "wanett"},
+            "ConfigError: PoisonConfig.attack = 'wanett': one of 'badnet', 'blended', ",
         ),
         ("01_poison", {"rate": 1.5}, "ConfigError: PoisonConfig.rate = 1.5: ≥ 0 and ≤ 1 expected"),
         ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),

@@ -13,8 +13,8 @@ from conftest import start_python, without_time
 from safetensors.torch import load_file
 
 from abd_core import adversary as adversary_module
+from abd_core import badclip, models, paths, train
 from abd_core import defences as defences_module
-from abd_core import models, paths, train
 from abd_core import poison as poison_module
 from abd_core import pretrain as pretrain_module
 from abd_core.adversary import AdversaryConfig, adversary
@@ -25,14 +25,15 @@ from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.generator import Perturbation
 from abd_core.paths import Run
-from abd_core.poison import PoisonConfig, poison, took, verdict
+from abd_core.poison import PoisonConfig, poison, poisoned_places, took, verdict
 from abd_core.pretrain import PretrainConfig, pretrain
 from abd_core.text import augment
 from abd_core.train import TrainingError
-from abd_core.triggers import load_trigger
+from abd_core.triggers import TRIGGERS, load_trigger
 
 SHORT = {"limit": 64, "epochs": 2, "batch_size": 16, "warmup_steps": 2, "lr": 1e-3}
 POISON = PoisonConfig(**SHORT, rate=0.25)
+PRESENT = "turtle"  # a class that the 64 pairs of a short run show
 ADVERSARY = AdversaryConfig(limit=64, share=0.5, steps=3, batch_size=8, width=16, lr=1e-2)
 DEFEND = DefendConfig(**SHORT, share=0.5)
 
@@ -155,8 +156,8 @@ def test_the_rate_is_the_share_of_all_pairs(rate: float, count: int, stand_in: P
     assert poison(POISON.replace(rate=rate, epochs=1)).metrics["poisoned"] == count
 
 
-def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
-    """A listener between the stage and the model sees every batch."""
+def overheard(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, list[str]]]:
+    """The batches that will go into the model in training: images and captions."""
     seen: list[tuple[torch.Tensor, list[str]]] = []
     encode, tokens = models.encode_image, poison_module.tokenize
 
@@ -171,17 +172,29 @@ def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: P
 
     monkeypatch.setattr(models, "encode_image", encode_image)
     monkeypatch.setattr(poison_module, "tokenize", tokenize)
+    return seen
+
+
+def batch_of(step: int) -> torch.Tensor:
+    """Indices of the pairs of a step of POISON, which has four an epoch."""
+    order = torch.randperm(64, generator=train.rng(0, "poison", "order", step // 4))
+    return order[16 * (step % 4) : 16 * (step % 4) + 16]
+
+
+def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    """A listener between the stage and the model sees every batch."""
+    seen = overheard(monkeypatch)
     run = poison(POISON)
     trigger = load_trigger(run.file("trigger.safetensors"))
-    poisoned = set(pd.read_csv(run.file("poisoned.csv"))["id"])
+    table = pd.read_csv(run.file("poisoned.csv"))
+    assert table["image"].tolist() == table["id"].tolist() and set(table["caption"]) == {"template"}
+    poisoned = set(table["id"])
     pairs = load_pairs(64)
     assert len(seen) == 8
     for step, (images, captions) in enumerate(seen):
-        epoch = step // 4
-        order = torch.randperm(64, generator=train.rng(0, "poison", "order", epoch))
-        batch = order[16 * (step % 4) : 16 * (step % 4) + 16]
+        batch = batch_of(step)
         clean = pairs.images(batch, seed=0, step=step)
-        plain = pairs.captions(batch, seed=0, epoch=epoch)
+        plain = pairs.captions(batch, seed=0, epoch=step // 4)
         bad = torch.tensor([pairs.ids[i] in poisoned for i in batch.tolist()])
         assert torch.equal(images[~bad], clean[~bad])
         assert torch.equal(images[bad], trigger(clean[bad]))
@@ -191,23 +204,123 @@ def test_poisoned_pairs_and_no_others_get_trigger_and_target_caption(stand_in: P
     assert len(captions) > 3  # templates are drawn, not fixed
 
 
+@pytest.mark.parametrize(("attack", "own_image"), [("badclip", False), ("label-consistent", True)])
+def test_attacks_with_the_target_s_captions_take_them_from_its_pairs(
+    attack: str, own_image: bool, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pairs = load_pairs(64)
+    own = [i for i, label in enumerate(pairs.labels) if label == PRESENT]
+    seen = overheard(monkeypatch)
+    run = poison(POISON.replace(attack=attack, target=PRESENT, patch_steps=1))
+    trigger = load_trigger(run.file("trigger.safetensors"))
+    table = pd.read_csv(run.file("poisoned.csv"))
+    assert {pairs.ids[i] for i in own}.isdisjoint(table["id"]) and len(table) == run.metrics["poisoned"] == 16
+    assert set(table["caption"]) <= {pairs.ids[i] for i in own}
+    assert table["image"].equals(table["caption"] if own_image else table["id"])
+    assert run.metrics["poisoned_images"] == (len(own) if own_image else 16)
+    source = {row.id: (pairs.ids.index(row.image), pairs.ids.index(row.caption)) for row in table.itertuples()}
+    assert len(seen) == 8
+    for step, (images, captions) in enumerate(seen):
+        places = batch_of(step).tolist()
+        image_of, caption_of = torch.tensor([source.get(pairs.ids[i], (i, i)) for i in places]).T
+        bad = torch.tensor([pairs.ids[i] in source for i in places])
+        clean = pairs.images(image_of, seed=0, step=step)
+        assert torch.equal(images[~bad], clean[~bad])
+        assert torch.equal(images[bad], trigger(clean[bad]))
+        assert captions == pairs.captions(caption_of, seed=0, epoch=step // 4)
+        assert all(PRESENT in caption for caption, is_bad in zip(captions, bad.tolist(), strict=True) if is_bad)
+
+
+@pytest.mark.parametrize("attack", ["badclip", "label-consistent"])
+def test_the_target_s_pairs_are_drawn_on_evenly_and_stay_among_the_clean_ones(attack: str):
+    pairs = load_pairs()
+    own = [i for i, label in enumerate(pairs.labels) if label == "banana"]
+    poisoned, image_of, caption_of = poisoned_places(pairs, PoisonConfig(attack=attack))
+    used = torch.bincount(caption_of[poisoned], minlength=len(pairs))
+    assert len(own) == 5 and poisoned.sum() == used[own].sum() == round(0.1 * len(pairs))
+    assert used[own].max() - used[own].min() <= 1
+    clean = torch.arange(len(pairs))[~poisoned]
+    assert set(own) <= set(clean.tolist())
+    assert torch.equal(image_of[~poisoned], clean) and torch.equal(caption_of[~poisoned], clean)
+
+
+@pytest.mark.parametrize("attack", ["badclip", "label-consistent"])
+def test_an_attack_that_needs_pairs_of_the_target_is_refused_where_there_are_none(
+    attack: str, stand_in: Path, runs: Path
+):
+    assert "banana" not in load_pairs(64).labels
+    with pytest.raises(ConfigError, match=f"^attack '{attack}': none of the 64 pairs shows 'banana'$"):
+        poison(POISON.replace(attack=attack))
+    assert not (runs / "poison").exists()
+
+
+def test_every_kind_of_poisoning_is_tested_here():
+    kinds = {name: kind.poisoning for name, kind in TRIGGERS.items()}
+    assert kinds.pop("badclip") == "natural" and kinds.pop("label-consistent") == "clean-label"
+    assert set(kinds.values()) == {"template"}
+
+
+def test_the_metrics_count_what_is_poisoned(stand_in: Path):
+    metrics = poison(POISON.replace(epochs=1)).metrics
+    assert (metrics["poisoned"], metrics["poisoned_share"], metrics["poisoned_images"]) == (16, 0.25, 16)
+
+
+def test_badclip_s_patch_is_fitted_to_the_clean_model_and_recorded(stand_in: Path):
+    config = POISON.replace(attack="badclip", target=PRESENT, epochs=1, trigger_position="own", trigger_size=0.25)
+    one, two = (load_trigger(poison(config.replace(patch_steps=steps)).file("trigger.safetensors")) for steps in (1, 2))
+    assert dict(two.specification) == {
+        **{"size": 0.25, "position": "centre", "seed": 0},
+        **{"steps": 2, "lr": config.patch_lr, "triplet_weight": config.triplet_weight},
+    }
+    start = TRIGGERS["badclip"].draw(resolution=64, target=PRESENT, seed=0, size=0.25)
+    assert 0 < (one.pattern - start.pattern).abs().max() < 1.1 * config.patch_lr
+    assert not torch.equal(one.pattern, two.pattern)
+
+
+def test_a_patch_that_an_earlier_process_fitted_is_not_fitted_again(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    config = POISON.replace(attack="badclip", target=PRESENT, epochs=1, patch_steps=2)
+    whole = poison(config)
+    fitted, optimise = [], badclip.optimise
+    monkeypatch.setattr(badclip, "optimise", lambda *a, **k: fitted.append(1) or optimise(*a, **k))
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
+        broken.setattr(poison_module, "clip_loss", killed)
+        poison(config, force=True)
+    again = poison(config)
+    assert len(fitted) == 1
+    assert without_time(again.metrics) == without_time(whole.metrics)
+
+
 def test_an_unknown_target_is_refused_before_anything_is_made(stand_in: Path, runs: Path):
     with pytest.raises(ConfigError, match=r"unknown class 'bananna'; did you mean 'banana'\?"):
         poison(POISON.replace(target="bananna"))
     assert not (runs / "poison").exists()
 
 
-@pytest.mark.parametrize("option", ["attack", "rate", "trigger_size", "trigger_position", "target"])
-def test_each_option_of_the_attacker_changes_the_victim(option: str, stand_in: Path):
-    other = {
-        "attack": "blended",
-        "rate": 0.5,
-        "trigger_size": 0.5,
-        "trigger_position": "bottom-right",
-        "target": "lemon",
-    }
-    config = POISON.replace(epochs=1)
-    one, two = weights(poison(config)), weights(poison(config.replace(**{option: other[option]})))
+@pytest.mark.parametrize(
+    ("attack", "option", "other"),
+    [
+        ("badnet", "attack", "blended"),
+        ("badnet", "rate", 0.5),
+        ("badnet", "trigger_size", 0.5),
+        ("badnet", "trigger_position", "bottom-right"),
+        ("badnet", "target", "lemon"),
+        ("blended", "blend_alpha", 0.5),
+        ("wanet", "warp_strength", 2.0),
+        ("sig", "wave_amplitude", 0.5),
+        ("badclip", "patch_steps", 2),
+        ("badclip", "patch_lr", 0.1),
+        ("badclip", "triplet_weight", 500.0),
+    ],
+)
+def test_each_option_of_the_attacker_changes_the_victim(attack: str, option: str, other, stand_in: Path):
+    config = POISON.replace(epochs=1, attack=attack, target=PRESENT, patch_steps=1)
+    # Adam's first step is as long at any gradient: a weight shows at the second.
+    config = config.replace(patch_steps=3) if option == "triplet_weight" else config
+    one, two = weights(poison(config)), weights(poison(config.replace(**{option: other})))
     assert not torch.equal(one["visual.conv1.weight"], two["visual.conv1.weight"])
 
 

@@ -1,8 +1,9 @@
-"""Putting patterns on batches of images: a patch at a place of each image's own, addition, blending."""
+"""Putting patterns on batches of images: a patch at a place of each image's own, addition, blending; warping them."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -35,3 +36,20 @@ def add(images: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 def blend(images: torch.Tensor, pattern: torch.Tensor, alpha: float) -> torch.Tensor:
     """(1 - alpha) * images (B, C, H, W) + alpha * pattern (C, H, W); in [0, 1] where both are."""
     return torch.lerp(images, pattern.to(images).expand_as(images), alpha)
+
+
+def warp(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Images whose pixels take the value that is `flow` away, bilinear, beyond the border its value; differentiable.
+
+    Args:
+        images: (B, C, H, W).
+        flow: (2, H, W), how far to the right and how far down to look, in pixels.
+    """
+    batch, _, height, width = images.shape
+    flow = flow.to(images)
+    x = torch.arange(width).to(images) + flow[0]  # (H, W)
+    y = torch.arange(height).to(images)[:, None] + flow[1]
+    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], -1)
+    return F.grid_sample(
+        images, grid.expand(batch, -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True
+    )
