@@ -182,9 +182,10 @@ wide.rename(columns=plots.METRICS).round(1).sort_values("ASR")
 
 # %% [markdown]
 # **What was learnt.** At these settings the backdoor goes, and the price in clean accuracy is in the tables. They do not
-# show that ABD is what removes it. Plain fine-tuning at the same learning rate, and ABD with the patch of an untrained
-# generator, come out alike within the spread of the seeds, where the paper's Table II has fine-tuning alone far behind;
-# what decides here is the learning rate. The search also ran on one development seed only, too few to rank settings that
-# lie close. Two things may explain it, and later chapters have to tell them apart: the patch of chapter 2 does not
-# resemble the trigger (its table of mean shifts says so), and a backdoor learnt in a few hundred steps is forgotten in a
-# few hundred.
+# show that ABD is what removes it. Plain fine-tuning at the same learning rate comes out alike within the spread of the
+# seeds, where the paper's Table II has fine-tuning alone far behind. On the development seeds ABD with the patch of an
+# untrained generator, and ABD without EDA, leave a lower ASR than the whole of it: neither the training of the patch nor
+# EDA helps here. What decides is the learning rate: half of it leaves several times the ASR, twice of it all but removes
+# the backdoor and costs more clean accuracy than the rule allows. Two things may explain it, and later chapters have to
+# tell them apart: the patch of chapter 2 does not resemble the trigger (its table of mean shifts says so), and a backdoor
+# learnt in a few hundred steps is forgotten in a few hundred.
