@@ -668,7 +668,7 @@ UNDISTURBED = 10**9
 @pytest.mark.parametrize(
     ("stage", "kills"),
     [
-        ("poison", [(3, True), (2, False), (9, True)]),  # after its first checkpoint, within the next ones, at the end
+        ("poison", [(3, True), (2, False), (7, True)]),  # after its first checkpoints, within the next ones, at the end
         ("adversary", [(0, False), (2, True), (3, False)]),  # before its config, between checkpoints, with its history
     ],
 )
