@@ -22,7 +22,7 @@ from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.paths import atomic, data_dir, read_json
 from abd_core.poison import PoisonConfig, poison
 
-SEEDS = {"development": (100, 101, 102), "evaluation": (0, 1, 2, 3, 4)}
+SEEDS = {"development": (100, 101, 102), "evaluation": (0, 1, 2, 3)}
 SPLIT = {"development": "dev", "evaluation": "eval"}
 # name -> (adversary's settings, defender's settings); what is left out is at its default
 SETTINGS: dict[str, tuple[dict, dict]] = {
