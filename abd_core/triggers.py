@@ -152,13 +152,14 @@ class Trigger(ABC):
 
     def save(self, path: Path) -> None:
         """Pixels (losslessly) and specification in one safetensors file."""
-        record = {"resolution": self.resolution, "target": self.target, "specification": dict(self.specification)}
-        with atomic(path) as temporary:
-            save_file(
-                {"pattern": self.pattern.contiguous()},
-                temporary,
-                metadata={"attack": self.name, "record": json.dumps(record)},
-            )
+        record = {
+            "attack": self.name,
+            "resolution": self.resolution,
+            "target": self.target,
+            "specification": dict(self.specification),
+        }
+        with atomic(path) as temporary:  # one key of metadata: safetensors writes several in any order
+            save_file({"pattern": self.pattern.contiguous()}, temporary, metadata={"record": json.dumps(record)})
 
 
 class BadNet(Trigger):
@@ -364,10 +365,9 @@ def load_trigger(path: Path) -> Trigger:
     """
     try:
         with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
+            record = json.loads((f.metadata() or {})["record"])
             pattern = f.get_tensor("pattern")
-        record = json.loads(metadata["record"])
-        attack = metadata["attack"]
+        attack = record["attack"]
         if attack not in TRIGGERS:
             raise unknown("attack", attack, TRIGGERS)
         return TRIGGERS[attack](pattern, record["resolution"], record["target"], dict(record["specification"]))

@@ -367,36 +367,40 @@ def record(**specification: object) -> str:
     return json.dumps({"resolution": SIDE, "target": "banana", "specification": specification})
 
 
+def named(attack: str, record: str) -> dict[str, str]:
+    return {"record": json.dumps({**json.loads(record), "attack": attack})}
+
+
 @pytest.mark.parametrize(
     ("tensors", "metadata"),
     [
         (PATTERN, None),
         (PATTERN, {"attack": "blended"}),
         (PATTERN, {"record": RECORD}),
-        (PATTERN, {"attack": "blended", "record": "{"}),
-        (PATTERN, {"attack": "blended", "record": "[]"}),
-        (PATTERN, {"attack": "blended", "record": '{"resolution": 32}'}),
-        (PATTERN, {"attack": "blended", "record": RECORD.replace("0.2", "2.0")}),
-        (PATTERN, {"attack": "blended", "record": RECORD.replace(f"{SIDE}", "8")}),
-        (PATTERN, {"attack": "blended", "record": RECORD.replace(f"{SIDE}", '"32"')}),
-        (PATTERN, {"attack": "blended", "record": RECORD.replace('"banana"', "7")}),
-        (PATTERN, {"attack": "badnet", "record": RECORD}),
-        ({"pattern": torch.full((3, 2, 2), 1.5)}, {"attack": "blended", "record": RECORD}),
-        ({"pattern": torch.full((3, 2, 2), torch.nan)}, {"attack": "blended", "record": RECORD}),
-        ({"pattern": torch.zeros(1, 2, 2)}, {"attack": "blended", "record": RECORD}),
-        ({"delta": torch.zeros(3)}, {"attack": "blended", "record": RECORD}),
-        (GRID, {"attack": "wanet", "record": record(strength=0.0)}),
-        (GRID, {"attack": "wanet", "record": record(strength=float("inf"))}),
-        (GRID, {"attack": "wanet", "record": record(strength=float("nan"))}),
-        (GRID, {"attack": "wanet", "record": record()}),
-        (PATTERN, {"attack": "wanet", "record": record(strength=0.5)}),
-        ({"pattern": torch.full((2, 4, 4), 0.5)}, {"attack": "wanet", "record": record(strength=0.5)}),
-        (GRID, {"attack": "badclip", "record": record(position="centre")}),
-        (PATTERN, {"attack": "badclip", "record": record(position="own")}),
-        (PATTERN, {"attack": "label-consistent", "record": record()}),
-        (PATTERN, {"attack": "sig", "record": record(amplitude=1.5)}),
-        (PATTERN, {"attack": "sig", "record": record(amplitude="0.2")}),
-        (PATTERN, {"attack": "blended-text", "record": record(alpha=1)}),
+        (PATTERN, {"record": "{"}),
+        (PATTERN, {"record": "[]"}),
+        (PATTERN, named("blended", '{"resolution": 32}')),
+        (PATTERN, named("blended", RECORD.replace("0.2", "2.0"))),
+        (PATTERN, named("blended", RECORD.replace(f"{SIDE}", "8"))),
+        (PATTERN, named("blended", RECORD.replace(f"{SIDE}", '"32"'))),
+        (PATTERN, named("blended", RECORD.replace('"banana"', "7"))),
+        (PATTERN, named("badnet", RECORD)),
+        ({"pattern": torch.full((3, 2, 2), 1.5)}, named("blended", RECORD)),
+        ({"pattern": torch.full((3, 2, 2), torch.nan)}, named("blended", RECORD)),
+        ({"pattern": torch.zeros(1, 2, 2)}, named("blended", RECORD)),
+        ({"delta": torch.zeros(3)}, named("blended", RECORD)),
+        (GRID, named("wanet", record(strength=0.0))),
+        (GRID, named("wanet", record(strength=float("inf")))),
+        (GRID, named("wanet", record(strength=float("nan")))),
+        (GRID, named("wanet", record())),
+        (PATTERN, named("wanet", record(strength=0.5))),
+        ({"pattern": torch.full((2, 4, 4), 0.5)}, named("wanet", record(strength=0.5))),
+        (GRID, named("badclip", record(position="centre"))),
+        (PATTERN, named("badclip", record(position="own"))),
+        (PATTERN, named("label-consistent", record())),
+        (PATTERN, named("sig", record(amplitude=1.5))),
+        (PATTERN, named("sig", record(amplitude="0.2"))),
+        (PATTERN, named("blended-text", record(alpha=1))),
     ],
 )
 def test_a_record_that_lacks_something_is_refused(tensors: dict, metadata: dict | None, tmp_path: Path):
@@ -429,13 +433,21 @@ def test_a_truncated_record_is_refused(tmp_path: Path):
             load_trigger(tmp_path / "t.safetensors")
 
 
+@ATTACKS
+def test_the_same_trigger_is_stored_as_the_same_bytes(attack: str, tmp_path: Path):
+    trigger = drawn(attack)
+    for i in range(8):
+        trigger.save(tmp_path / f"{i}.safetensors")
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
+
+
 def test_a_missing_record_is_named(tmp_path: Path):
     with pytest.raises(RunError, match=r"missing file: .*none\.safetensors"):
         load_trigger(tmp_path / "none.safetensors")
 
 
 def test_an_unknown_attack_is_refused_with_a_suggestion(tmp_path: Path):
-    save_file(PATTERN, tmp_path / "t.safetensors", metadata={"attack": "blendid", "record": RECORD})
+    save_file(PATTERN, tmp_path / "t.safetensors", metadata=named("blendid", RECORD))
     with pytest.raises(ConfigError, match=r"unknown attack 'blendid'; did you mean 'blended'\?"):
         load_trigger(tmp_path / "t.safetensors")
 
