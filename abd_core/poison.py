@@ -105,6 +105,8 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     clean = models.clean_weights()
     attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
+    tests = {split: load_test_set(split) for split in TEST_VENDORS}
+    inputs = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model, base = models.load(clean), models.frozen(models.load(clean))
@@ -166,8 +168,6 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
         return {**metrics, "took": took(metrics)}
 
-    tests = {split: load_test_set(split) for split in TEST_VENDORS}
-    inputs = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
     return load_or_make("poison", config, inputs, make, force=force)
 
 

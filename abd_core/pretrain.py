@@ -54,6 +54,7 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         return committed
     pairs = load_pairs(config.limit)
     tests = {split: load_test_set(split) for split in TEST_VENDORS}
+    inputs = {"pairs": pairs.digest} | {split: test.digest for split, test in tests.items()}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model = models.build(seed=derive_seed(config.seed, "init"))
@@ -73,7 +74,6 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         stored = models.load(folder / "model.safetensors")
         return {split: evaluate(stored, test).to_dict() for split, test in tests.items()}
 
-    inputs = {"pairs": pairs.digest} | {split: test.digest for split, test in tests.items()}
     return load_or_make("pretrain", config, inputs, make, force=force)
 
 

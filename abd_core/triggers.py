@@ -5,6 +5,7 @@ Another attack is one subclass and one line in `TRIGGERS`.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from abc import ABC, abstractmethod
@@ -306,7 +307,7 @@ class WaNet(Trigger):
         pattern = torch.rand(cls.channels, side, side, generator=rng(seed, "trigger", cls.name))
         return cls(pattern, resolution, target, {"strength": strength, "seed": seed})
 
-    @property
+    @functools.cached_property
     def flow(self) -> torch.Tensor:
         """Displacements in pixels, float (2, R, R)."""
         control = 2 * self.pattern - 1
