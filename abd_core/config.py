@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 
@@ -95,9 +95,18 @@ def unknown(what: str, name: object, known: Iterable[str]) -> ConfigError:
 class Config:
     """Base of the stages' settings. Construction validates every field.
 
+    Attributes:
+        chooser: name of the field that chooses one of `kinds`; "" where there is none.
+        kinds: the classes to choose from. Fields named in the `settings` of some are read by these alone: for another
+            they must keep their defaults, and they are no part of its `to_dict`. So what a further kind brings with it
+            leaves the others' run folders where they are.
+
     Raises:
         ConfigError: naming the class, the field, its value and what is allowed.
     """
+
+    chooser: ClassVar[str] = ""
+    kinds: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -106,6 +115,20 @@ class Config:
             value = _coerced(where, getattr(self, field.name), hints[field.name])
             _check(where, value, field)
             object.__setattr__(self, field.name, value)
+        for field in dataclasses.fields(self):
+            if field.name in self._unread() and getattr(self, field.name) != field.default:
+                readers = [name for name, kind in self.kinds.items() if field.name in kind.settings]
+                raise ConfigError(
+                    f"{type(self).__name__}.{field.name} = {getattr(self, field.name)!r}: {self.chooser} "
+                    f"{getattr(self, self.chooser)!r} does not read it, only {', '.join(readers)}"
+                )
+
+    def _unread(self) -> set[str]:
+        """Fields that the chosen kind does not read."""
+        if not self.chooser:
+            return set()
+        own = self.kinds[getattr(self, self.chooser)].settings
+        return {name for kind in self.kinds.values() for name in kind.settings} - set(own)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -124,7 +147,9 @@ class Config:
         return cls(**parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The settings that are read."""
+        unread = self._unread()
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unread}
 
     def replace(self, **changes: Any) -> Self:
         return type(self).from_parameters({**self.to_dict(), **changes})

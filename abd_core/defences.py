@@ -41,11 +41,13 @@ class Defence(ABC):
     """How the victim becomes the defended model.
 
     Attributes:
+        title: its name in tables and figures.
         needs_pairs, needs_perturbation, needs_clean_weights: what the stage must hand over besides the victim.
         owns: one line on what the defender must own, upstream stages included.
         settings: the fields of `DefendConfig` that this defence reads and not all others do.
     """
 
+    title: ClassVar[str]
     needs_pairs: ClassVar[bool] = True
     needs_perturbation: ClassVar[bool] = False
     needs_clean_weights: ClassVar[bool] = False
@@ -70,6 +72,7 @@ class Defence(ABC):
 class CleanWeights(Defence):
     """Go back to the clean weights: what a defender who owns them can do without any training."""
 
+    title = "clean weights"
     needs_pairs = False
     needs_clean_weights = True
     owns = "clean weights"
@@ -95,6 +98,7 @@ class WiSEFT(CleanWeights):
     points are the two models themselves.
     """
 
+    title = "WiSE-FT"
     settings = ("mixing",)
 
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
@@ -150,6 +154,8 @@ def encode_captions(model: open_clip.CLIP, captions: list[str]) -> torch.Tensor:
 class FineTuning(FineTuningDefence):
     """FT: CLIP's loss on clean pairs, nothing added."""
 
+    title = "FT"
+
     def loss(self, model: open_clip.CLIP, at: Step) -> torch.Tensor:
         image = models.encode_image(model, self.images(at))
         return clip_loss(image, encode_captions(model, self.captions(at)), model.logit_scale.exp())
@@ -162,6 +168,7 @@ class CleanCLIP(FineTuningDefence):
     so that BatchNorm sees both. Published: lr 1e-5, batch 64, 10 epochs, 50 warm-up steps, 100K pairs.
     """
 
+    title = "CleanCLIP"
     settings = ("in_modal_weight",)
 
     def loss(self, model: open_clip.CLIP, at: Step) -> torch.Tensor:
@@ -184,6 +191,7 @@ class RoCLIP(FineTuningDefence):
     epochs of pre-training.
     """
 
+    title = "RoCLIP"
     settings = ("bank", "match_every")
 
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
@@ -224,6 +232,7 @@ class PAR(FineTuningDefence):
     pairs, weight decay 1e-4, lr from 3e-5 down to 3e-6 in the first half, then by a cosine to 1e-9.
     """
 
+    title = "PAR"
     settings = ("shift_weight", "shift_limit")
 
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
@@ -276,6 +285,7 @@ class ABD(Perturbed):
     of the adversary, `patch_place` one of the controls.
     """
 
+    title = "ABD"
     needs_perturbation = True
     owns = "clean pairs; clean weights too, to find the perturbation by Eq. (2)"
     settings = (*Perturbed.settings, "patch_place")
@@ -288,6 +298,7 @@ class ABD(Perturbed):
 class NoisePatch(Perturbed):
     """Control: ABD with a patch of uniform noise, drawn once a run, of the same size and at the same places."""
 
+    title = "noise patch"
     settings = (*Perturbed.settings, "patch_place", "patch_area")
 
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
@@ -304,6 +315,7 @@ class RandomErasing(Perturbed):
     Their settings: probability 0.5, 2 to 40 % of the area, aspect 0.3 to 1/0.3, fresh noise in every pixel.
     """
 
+    title = "random erasing"
     settings = (*Perturbed.settings, "erase_probability", "erase_low", "erase_high")
 
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
@@ -319,6 +331,7 @@ class RandomErasing(Perturbed):
 class GaussianNoise(Perturbed):
     """Control: ABD with fresh Gaussian noise of standard deviation `noise_sigma` in place of the perturbation."""
 
+    title = "Gaussian noise"
     settings = (*Perturbed.settings, "noise_sigma")
 
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
@@ -361,11 +374,12 @@ DEFENCES: dict[str, type[Defence]] = {
 class DefendConfig(TrainConfig):
     """Settings of the defender.
 
-    Those named in the `settings` of some defences are read by these alone; for another they must keep their defaults.
-
     Raises:
         ConfigError: a setting that the defence does not read is not at its default, or `erase_low` > `erase_high`.
     """
+
+    chooser = "defence"
+    kinds = DEFENCES
 
     defence: str = option("abd", "abd, ft, cleanclip, roclip, par, clean, wise-ft, or a control", choices=DEFENCES)
     view: str = option(
@@ -400,12 +414,6 @@ class DefendConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        default = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in sorted({name for kind in DEFENCES.values() for name in kind.settings}):
-            readers = [defence for defence, kind in DEFENCES.items() if name in kind.settings]
-            if self.defence not in readers and getattr(self, name) != default[name]:
-                value = f"DefendConfig.{name} = {getattr(self, name)!r}"
-                raise ConfigError(f"{value}: defence {self.defence!r} does not read it, only {', '.join(readers)}")
         if self.erase_low > self.erase_high:
             raise ConfigError(
                 f"DefendConfig.erase_low = {self.erase_low:g}: ≤ erase_high = {self.erase_high:g} expected"

@@ -28,6 +28,9 @@ ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and cost
 class PoisonConfig(TrainConfig):
     """Settings of the attacker."""
 
+    chooser = "attack"
+    kinds = TRIGGERS
+
     attack: str = option("badnet", f"attack: {', '.join(TRIGGERS)}", choices=TRIGGERS)
     target: str = option("banana", "class that triggered images shall be taken for; one of the test classes")
     rate: float = option(0.1, "share of the pairs that is poisoned", ge=0, le=1)

@@ -89,6 +89,9 @@ class Trigger(ABC):
     """A trigger with its pixels and everything needed to apply it again.
 
     Attributes:
+        name: its key in `TRIGGERS`.
+        title: its name in tables and figures.
+        settings: the fields of `PoisonConfig` that this attack reads and not all others do.
         poisoning: which pairs the attack poisons, and with which captions.
             "template": images of other classes, with a caption template that names the target.
             "natural": images of other classes, with captions that real pairs of the target have.
@@ -100,6 +103,8 @@ class Trigger(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = ()
     poisoning: ClassVar[str] = "template"
     channels: ClassVar[int] = 3
 
@@ -167,6 +172,8 @@ class BadNet(Trigger):
     """A local patch of fixed uniform noise (Gu et al. 2017). `size` is its side as a share of the image's."""
 
     name = "badnet"
+    title = "BadNet"
+    settings: ClassVar[tuple[str, ...]] = ("trigger_size", "trigger_position")
     place: ClassVar[str] = "top-left"  # where "own" is
     pixels: ClassVar[staticmethod[[int, torch.Generator], torch.Tensor]] = staticmethod(noise)
 
@@ -198,6 +205,7 @@ class BadNetStripes(BadNet):
     """A local patch of random stripes (Singh et al. 2024)."""
 
     name = "badnet-stripes"
+    title = "BadNet-Stripes"
     pixels = staticmethod(stripes)
 
 
@@ -206,6 +214,7 @@ class LabelConsistent(BadNet):
     perturbations of the image; Bansal et al. 2023 use it so on CLIP)."""
 
     name = "label-consistent"
+    title = "label-consistent"
     poisoning = "clean-label"
 
 
@@ -213,6 +222,8 @@ class BadCLIP(BadNet):
     """A patch optimised on the clean model, with natural captions of the target (Liang et al. 2024)."""
 
     name = "badclip"
+    title = "BadCLIP"
+    settings = (*BadNet.settings, "patch_steps", "patch_lr", "triplet_weight")
     poisoning = "natural"
     place = "centre"
 
@@ -239,6 +250,8 @@ class Blended(Trigger):
     """Fixed uniform noise all over, blended in with weight `alpha` (Chen et al. 2017)."""
 
     name = "blended"
+    title = "Blended"
+    settings: ClassVar[tuple[str, ...]] = ("blend_alpha",)
     weight: ClassVar[float] = 0.2  # alpha where 0 is asked for
     pixels: ClassVar[staticmethod[[int, torch.Generator], torch.Tensor]] = staticmethod(noise)
 
@@ -259,6 +272,7 @@ class BlendedStripes(Blended):
     """Random stripes all over. Singh et al. 2024 blend stripes of -1 and 1 with 0.03: the same contrast."""
 
     name = "blended-stripes"
+    title = "Blended-Stripes"
     weight = 0.06
     pixels = staticmethod(stripes)
 
@@ -267,6 +281,7 @@ class BlendedTriangles(Blended):
     """Grey triangles all over (Singh et al. 2024)."""
 
     name = "blended-triangles"
+    title = "Blended-Triangles"
     weight = 0.15
     pixels = staticmethod(triangles)
 
@@ -275,6 +290,7 @@ class BlendedText(Blended):
     """A word as a watermark (Singh et al. 2024): only what its letters cover is blended, and only in red."""
 
     name = "blended-text"
+    title = "Blended-Text"
     weight = 0.5
     pixels = staticmethod(watermark)
 
@@ -291,6 +307,8 @@ class WaNet(Trigger):
     """
 
     name = "wanet"
+    title = "WaNet"
+    settings = ("warp_strength",)
     channels = 2  # to the right, down
     CONTROL_POINTS: ClassVar[int] = 4  # a side, the paper's k
     SIDE: ClassVar[int] = 32  # px, of the images that the paper states s for
@@ -324,6 +342,8 @@ class SIG(Trigger):
     """A horizontal sine of 6 cycles, added with amplitude `amplitude` (Barni et al. 2019)."""
 
     name = "sig"
+    title = "SIG"
+    settings = ("wave_amplitude",)
     CYCLES: ClassVar[int] = 6
 
     def __post_init__(self) -> None:
