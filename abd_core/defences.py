@@ -22,6 +22,7 @@ from abd_core import models
 from abd_core.augment import auto_augment, crop_colour_blur, random_erasing
 from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import Pairs, rng
+from abd_core.disagreement import Disagreement, search
 from abd_core.generator import Perturbation, patch_side
 from abd_core.losses import clip_loss, feature_shift, in_modal_loss, nearest
 from abd_core.text import augment, tokenize
@@ -45,6 +46,7 @@ class Defence(ABC):
         needs_pairs, needs_perturbation, needs_clean_weights: what the stage must hand over besides the victim.
         owns: one line on what the defender must own, upstream stages included.
         settings: the fields of `DefendConfig` that this defence reads and not all others do.
+        lr: its own learning rate, chosen on the development split.
     """
 
     title: ClassVar[str]
@@ -53,6 +55,7 @@ class Defence(ABC):
     needs_clean_weights: ClassVar[bool] = False
     owns: ClassVar[str] = "clean pairs"
     settings: ClassVar[tuple[str, ...]] = ()
+    lr: ClassVar[float] = 1e-3
 
     def __init__(
         self,
@@ -69,6 +72,16 @@ class Defence(ABC):
         """Turn the victim into the defended model, in place; `folder` is the run's, for histories and resume files."""
 
 
+def clean_model(path: Path | None, victim: open_clip.CLIP) -> open_clip.CLIP:
+    """The clean model at `path`. Raises ConfigError where it does not fit the victim's architecture."""
+    assert path is not None  # the stage has seen to it
+    model = models.load(path)
+    shapes = [{name: tensor.shape for name, tensor in net.state_dict().items()} for net in (model, victim)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(f"{path}: the clean weights are of another architecture than the victim's")
+    return model
+
+
 class CleanWeights(Defence):
     """Go back to the clean weights: what a defender who owns them can do without any training."""
 
@@ -78,16 +91,7 @@ class CleanWeights(Defence):
     owns = "clean weights"
 
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
-        model.load_state_dict(self.clean_state(model))
-
-    def clean_state(self, model: open_clip.CLIP) -> dict[str, torch.Tensor]:
-        """Raises ConfigError where the clean weights do not fit the victim's architecture."""
-        assert self.clean is not None  # the stage has seen to it
-        weights = models.load(self.clean).state_dict()
-        shapes = [{name: tensor.shape for name, tensor in state.items()} for state in (weights, model.state_dict())]
-        if shapes[0] != shapes[1]:
-            raise ConfigError(f"{self.clean}: the clean weights are of another architecture than the victim's")
-        return weights
+        model.load_state_dict(clean_model(self.clean, model).state_dict())
 
 
 class WiSEFT(CleanWeights):
@@ -109,8 +113,8 @@ class WiSEFT(CleanWeights):
                 return torch.lerp(clean, victim, alpha)  # exact at 0 and 1
             return victim if alpha >= 0.5 else clean
 
-        victim = model.state_dict()
-        model.load_state_dict({name: mixed(t, victim[name]) for name, t in self.clean_state(model).items()})
+        victim, weights = model.state_dict(), clean_model(self.clean, model).state_dict()
+        model.load_state_dict({name: mixed(t, victim[name]) for name, t in weights.items()})
 
 
 def freeze_batch_norm(model: torch.nn.Module) -> None:
@@ -295,6 +299,48 @@ class ABD(Perturbed):
         return self.perturbation(images, rng(self.config.seed, "place", at.step))
 
 
+class ABDD(Perturbed):
+    """ABD-D, a variant of this project: the perturbations are those at which victim and clean model disagree most.
+
+    See `disagreement`. Half of the perturbed images show a window of the one, the other half have the other one added;
+    `perturbed_share` of the batch is perturbed, the rest is clean.
+    """
+
+    title = "ABD-D"
+    needs_clean_weights = True
+    owns = "clean pairs; clean weights, to find the perturbations"
+    settings = (
+        *Perturbed.settings,
+        "perturbed_share",
+        "search_steps",
+        "search_lr",
+        "window_low",
+        "window_high",
+        "field_bound",
+    )
+
+    def defend(self, model: open_clip.CLIP, folder: Path) -> None:
+        config, path = self.config, folder / "found.safetensors"
+        sides = (config.window_low, config.window_high)
+        if not path.exists():  # else an earlier process got further
+            search(
+                models.frozen(copy.deepcopy(model)),
+                models.frozen(clean_model(self.clean, model)),
+                self.pairs,
+                seed=config.seed,
+                steps=config.search_steps,
+                lr=config.search_lr,
+                batch_size=config.batch_size,
+                bound=config.field_bound,
+                sides=sides,
+            ).save(path)
+        self.found = Disagreement.load(path, sides)
+        super().defend(model, folder)
+
+    def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
+        return self.found(images, rng(self.config.seed, "place", at.step), share=self.config.perturbed_share)
+
+
 class NoisePatch(Perturbed):
     """Control: ABD with a patch of uniform noise, drawn once a run, of the same size and at the same places."""
 
@@ -358,6 +404,7 @@ def placed(perturbation: Perturbation, place: str) -> Perturbation:
 
 DEFENCES: dict[str, type[Defence]] = {
     "abd": ABD,
+    "abd-d": ABDD,
     "ft": FineTuning,
     "cleanclip": CleanCLIP,
     "roclip": RoCLIP,
@@ -372,16 +419,18 @@ DEFENCES: dict[str, type[Defence]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DefendConfig(TrainConfig):
-    """Settings of the defender.
+    """Settings of the defender. Once made, `lr` is the one in force.
 
     Raises:
-        ConfigError: a setting that the defence does not read is not at its default, or `erase_low` > `erase_high`.
+        ConfigError: a setting that the defence does not read is not at its default, or a smallest exceeds a largest.
     """
 
     chooser = "defence"
     kinds = DEFENCES
 
-    defence: str = option("abd", "abd, ft, cleanclip, roclip, par, clean, wise-ft, or a control", choices=DEFENCES)
+    defence: str = option(
+        "abd", "abd, abd-d, ft, cleanclip, roclip, par, clean, wise-ft, or a control", choices=DEFENCES
+    )
     view: str = option(
         "replace",
         "the perturbed image replaces the clean one, both are in the batch, or the clean one alone",
@@ -393,6 +442,12 @@ class DefendConfig(TrainConfig):
         "place of abd's patch: as its file says (noise-patch: random), drawn for each image, or one for all",
         choices=("stored", "random", *CORNERS),
     )
+    perturbed_share: float = option(0.5, "abd-d: share of the batch that is perturbed", ge=0, le=1)
+    search_steps: int = option(60, "abd-d: steps of Adam on the perturbations' pixels", ge=1)
+    search_lr: float = option(0.1, "abd-d: learning rate of the window's pixels; of the field's: times its bound", gt=0)
+    window_low: float = option(1 / 8, "abd-d: smallest side of a window as a share of the image's", gt=0, le=1)
+    window_high: float = option(3 / 8, "abd-d: largest side of a window as a share of the image's", gt=0, le=1)
+    field_bound: float = option(0.1, "abd-d: bound of what is added to a pixel in [0, 1]", gt=0, le=1)
     patch_area: float = option(0.03, "noise-patch: share of the area, as the adversary's magnitude", gt=0, le=1)
     erase_probability: float = option(0.5, "random-erasing: share of the images (0.5)", gt=0, le=1)
     erase_low: float = option(0.02, "random-erasing: smallest share of the area (0.02)", gt=0, le=1)
@@ -408,16 +463,20 @@ class DefendConfig(TrainConfig):
         "train", "BatchNorm in fine-tuning: batch statistics, or the victim's", choices=("train", "frozen")
     )
     share: float = option(0.5, "share of the pairs that the defender holds, seeded", gt=0, le=1)
-    epochs: int = option(5, "passes over the pairs", ge=1)
+    epochs: int = option(3, "passes over the pairs", ge=1)
     batch_size: int = option(64, "pairs a step", ge=2)
-    lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
+    lr: float = option(
+        0.0, "peak learning rate; 0: the defence's own, chosen on the development split (chapter 5)", ge=0, le=1
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.erase_low > self.erase_high:
-            raise ConfigError(
-                f"DefendConfig.erase_low = {self.erase_low:g}: ≤ erase_high = {self.erase_high:g} expected"
-            )
+        for low, high in (("erase_low", "erase_high"), ("window_low", "window_high")):
+            if getattr(self, low) > getattr(self, high):
+                allowed = f"≤ {high} = {getattr(self, high):g} expected"
+                raise ConfigError(f"DefendConfig.{low} = {getattr(self, low):g}: {allowed}")
+        if not self.lr:
+            object.__setattr__(self, "lr", DEFENCES[self.defence].lr)
 
     @property
     def needs_perturbation(self) -> bool:
