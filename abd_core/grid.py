@@ -241,7 +241,7 @@ class Job:
             text = f"{type(error).__name__}: {error}"
             if isinstance(error, PapermillExecutionError):
                 text = f"{error.ename}: {error.evalue}"
-            raise JobError(f"{name} of {title}: {text.splitlines()[0]} ({shown(target)})") from error
+            raise JobError(f"{text.splitlines()[0]} ({shown(target)})") from error
 
     def collect(self) -> None:
         """Write the record. The runs that it takes from are those that the notebook made: loaded, not made again."""
@@ -389,7 +389,8 @@ def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None
                         waiting[future].collect()
                         write_table(output, jobs)
                     except AbdError as error:
-                        failed[waiting[future]] = str(error)
+                        job = waiting[future]
+                        failed[job] = f"{NOTEBOOKS[stage]} of {title(job, missing[job])}: {error}"
                     bar.update()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 import os
 import signal
 import time
@@ -11,9 +12,9 @@ from pathlib import Path
 
 import papermill
 import pytest
-from conftest import ROOT, start_python
+from conftest import ARCHITECTURE, ROOT, start_python
 
-from abd_core import defences, grid, paths, triggers
+from abd_core import defences, grid, models, paths, triggers
 from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
@@ -39,9 +40,11 @@ def small(monkeypatch: pytest.MonkeyPatch, stand_in: Path, tmp_path: Path) -> Pa
         monkeypatch.setattr(grid, name, labels)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    return startup(
-        tmp_path, monkeypatch, f"import conftest, pathlib\nconftest.use_stand_in(pathlib.Path({str(stand_in)!r}))"
-    )
+    saved = "models.save = functools.partial(models.save, name=conftest.ARCHITECTURE)"
+    used = f"conftest.use_stand_in(pathlib.Path({str(stand_in)!r}))"
+    monkeypatch.setattr(models, "save", functools.partial(models.save, name=ARCHITECTURE))
+    imports = "import conftest, functools, pathlib\nfrom abd_core import models"
+    return startup(tmp_path, monkeypatch, f"{imports}\n{saved}\n{used}")
 
 
 def startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
@@ -65,7 +68,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...] = ()) -> list
     def execute(job: Job, title: str) -> None:
         tried.append(job)
         if title in failing:
-            raise JobError(f"{title}: no luck")
+            raise JobError("no luck")
 
     def collect(job: Job) -> None:
         rate = {"value": 0.5, "n": 4, "ci_low": 0.25, "ci_high": 0.75}
@@ -184,7 +187,10 @@ def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: P
     tried = fake(monkeypatch, failing=("BadNet, ABD, seed 0", "Blended, seed 1"))
     cells = grid.select(["table1"], attacks=["BadNet", "Blended"], defences=["FT", "ABD"], seeds=[0, 1])
     lines = grid.run(cells, output=tmp_path / "grid.csv")
-    assert sorted(lines) == ["BadNet, ABD, seed 0: no luck", "Blended, seed 1: no luck"]
+    assert sorted(lines) == [
+        "01_poison of Blended, seed 1: no luck",
+        "02_adversary of BadNet, ABD, seed 0: no luck",
+    ]
     done = {(row["attack"], row["defence"], row["seed"]) for row in read(tmp_path / "grid.csv")}
     missing = {(cell.attack, cell.defence, str(cell.seed)) for cell in cells} - done
     assert missing == {("BadNet", "ABD", "0"), *(("Blended", defence, "1") for defence in ("none", "FT", "ABD"))}
@@ -263,14 +269,19 @@ def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_s
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_grid_and_its_kernels_at_once(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    note = f"pathlib.Path({str(tmp_path)!r}, 'kernel').write_text(str(os.getpid()))"
-    code = f"import os, pathlib, time\n{note}\ntime.sleep(900)"
+    marker = tmp_path / "kernel"
+    code = (
+        "import abd_core.poison, os, pathlib, time\n"
+        "def hang(config):\n"
+        f"    pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(900)\n"
+        "abd_core.poison.poison = hang"
+    )
     startup(tmp_path, monkeypatch, code)
     child = start_python(
         f"import runpy, sys; sys.argv = ['grid', 'small', '--output', {str(tmp_path / 'grid.csv')!r}]\n"
         "runpy.run_module('abd_core.grid', run_name='__main__')"
     )
-    marker = tmp_path / "kernel"
     try:
         while not (marker.exists() and marker.read_text()):
             assert child.poll() is None, child.communicate()
