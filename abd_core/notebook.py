@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,24 @@ def stage_configs(namespace: MutableMapping[str, Any], **stages: type[Config]) -
                 )
             chosen[stage][field] = value
     return tuple(kind.from_parameters(chosen[stage]) for stage, kind in stages.items())
+
+
+def stage_parameters(listed: Collection[str], **stages: Config) -> dict[str, Any]:
+    """The inverse of `stage_configs`: parameters from which a notebook makes these configs; defaults are left out.
+
+    Args:
+        listed: the names in the notebook's parameters cell, which a setting takes where it has one there.
+        stages: all stages of the notebook, upstream first.
+    """
+    given = {}
+    for number, (stage, config) in enumerate(stages.items()):
+        downstream = list(stages.values())[number + 1 :]
+        for field in dataclasses.fields(config):
+            name, value = field.name, getattr(config, field.name)
+            bare = name in listed and not any(name in other.names() for other in downstream)
+            if value != field.default:
+                given[name if bare or name in SHARED else f"{stage}_{name}"] = value
+    return given
 
 
 def _one_line_errors() -> None:

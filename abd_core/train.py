@@ -52,14 +52,14 @@ class Step:
     step: int
 
 
-def progress(*, stage: str, total: int, initial: int = 0) -> tqdm:
+def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") -> tqdm:
     """One bar a stage, as text on stderr, with rate and time left; redrawn seldom where nobody watches.
 
     Plain text and a fixed width, because papermill passes it on to a terminal as it is (a widget would show nothing
     there, and leave its state in the notebook).
     """
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    return tqdm(desc=stage, total=total, initial=initial, unit="step", ncols=80, mininterval=1 if watched else 10)
+    return tqdm(desc=stage, total=total, initial=initial, unit=unit, ncols=80, mininterval=1 if watched else 10)
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int) -> float:

@@ -1,0 +1,503 @@
+"""Many stage runs through papermill, and one tidy table of their results: attacks x defences x seeds.
+
+    python -m abd_core.grid --list                              # the grids and their size
+    python -m abd_core.grid table1 ablations --processes 2      # makes what is missing, writes data/results/grid.csv
+
+The tables below are meant to be edited: a label stands for parameters of `book/03_defend.ipynb`, a grid for labels and
+seeds. What is registered in `TRIGGERS` and in `DEFENCES` has a label without further ado.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+import torch
+from papermill.exceptions import PapermillExecutionError
+
+from abd_core import defences, models, triggers
+from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.config import AbdError, Config, ConfigError, digest, unknown
+from abd_core.data import load_pairs, load_test_set
+from abd_core.defend import DefendConfig, defend
+from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.notebook import stage_configs, stage_parameters
+from abd_core.paths import atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
+from abd_core.poison import PoisonConfig, poison
+from abd_core.train import progress
+
+# --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
+
+PLACES = {"top left": "top-left", "bottom right": "bottom-right", "centre": "centre"}
+# One open reading (README) or setting of ABD at a time; the label is "ABD, <reading>".
+READINGS: dict[str, dict[str, Any]] = {
+    "additive": {"mode": "additive"},
+    "additive 0.06": {"mode": "additive", "magnitude": 0.06},
+    "additive 0.12": {"mode": "additive", "magnitude": 0.12},
+    "patch area 0.01": {"magnitude": 0.01},
+    "patch area 0.06": {"magnitude": 0.06},
+    "fixed placement": {"placement": "fixed"},
+    "untrained patch": {"steps": 1},
+    "clean images in Eq. (2)": {"backdoor_images": "clean"},
+    "clean negatives": {"negatives": "clean"},
+    "Eq. (2) turned round": {"backdoor_weight": -1.0},
+    "without Eq. (2)": {"backdoor_weight": 0.0},
+    "tau 0.07": {"tau": 0.07},
+    "tau of the victim": {"tau": 0.0},
+    "both views": {"view": "both"},
+    "frozen BatchNorm": {"batch_norm": "frozen"},
+    "share 0.25": {"share": 0.25},
+    "share 1": {"share": 1.0},
+    "half the lr": {"lr": DefendConfig.lr / 2},
+    "twice the lr": {"lr": DefendConfig.lr * 2},
+    "half the epochs": {"epochs": max(1, DefendConfig.epochs // 2)},
+    "twice the epochs": {"epochs": DefendConfig.epochs * 2},
+}
+# The tuning grid: label -> learning rates, each under the label "<label>, lr <rate>".
+SEARCHED: dict[str, tuple[str, ...]] = {
+    "FT": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "CleanCLIP": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "RoCLIP": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "PAR": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "ABD": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "random erasing": ("2e-4", "5e-4", "1e-3", "2e-3"),
+    "noise patch": ("2e-4", "5e-4", "1e-3", "2e-3"),
+}
+
+ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
+    "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
+    "BadNet, centre": {"attack": "badnet", "trigger_position": "centre"},
+}
+NONE = "none"  # the victim as it is; it belongs to every grid
+DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
+    "I_adv + T": {"defence": "abd", "eda": False},
+    "I + T_eda": {"defence": "abd", "view": "clean"},
+    "UAP + T": {"defence": "abd", "eda": False, "backdoor_weight": 0.0},  # the paper's Table III: AdvCLIP as it was
+}
+DEFENCES |= {f"ABD, {reading}": {**DEFENCES["ABD"], **changes} for reading, changes in READINGS.items()}
+DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
+DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
+DEFENCES |= {f"{name}, lr {lr}": {**DEFENCES[name], "lr": lr} for name, rates in SEARCHED.items() for lr in rates}
+
+# --- what is run together ---------------------------------------------------------------------------------------------
+
+SEEDS = {"eval": range(100), "dev": range(100, 200)}  # split -> its seeds: nothing reported is of a seed tuned on
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every attack against every defence, and against none, at every seed.
+
+    Raises:
+        ConfigError: a seed is not one of the split's.
+    """
+
+    attacks: tuple[str, ...]
+    defences: tuple[str, ...]
+    seeds: Sequence[int]
+    split: str = "eval"
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            if seed not in SEEDS[self.split]:
+                allowed = SEEDS[self.split]
+                raise ConfigError(f"seed {seed} on split {self.split!r}: {allowed[0]} to {allowed[-1]} expected")
+
+    def cells(self) -> list[Cell]:
+        """In the order of the labels, the victim first."""
+        names = (NONE, *self.defences)
+        return [
+            Cell(attack, name, seed, self.split) for attack in self.attacks for name in names for seed in self.seeds
+        ]
+
+
+PAPER = ("BadNet", "Blended", "BadCLIP")
+GRIDS: dict[str, Grid] = {
+    "table1": Grid(PAPER, ("FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "clean weights", "WiSE-FT"), range(5)),
+    "ablations": Grid(PAPER, ("FT", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
+    "controls": Grid(
+        ("BadNet", "BadNet, bottom right", "BadNet, centre"),
+        (
+            "FT",
+            "ABD",
+            *(f"ABD, patch {name}" for name in PLACES),
+            "noise patch",
+            *(f"noise patch, {name}" for name in PLACES),
+            "random erasing",
+            "Gaussian noise",
+        ),
+        range(3),
+    ),
+    "readings": Grid(("BadNet", "Blended"), ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(3)),
+    "zoo": Grid(
+        tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER),
+        ("FT", "CleanCLIP", "PAR", "ABD"),
+        range(3),
+    ),
+    "search": Grid(
+        ("BadNet", "Blended"),
+        tuple(f"{name}, lr {lr}" for name in SEARCHED for lr in SEARCHED[name]),
+        (100, 101),
+        "dev",
+    ),
+    "small": Grid(("BadNet",), ("FT", "ABD"), (0,)),
+}
+
+# --- from a cell to its jobs ------------------------------------------------------------------------------------------
+
+STAGES: dict[str, type[Config]] = {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig}
+NOTEBOOKS = {"poison": "01_poison", "adversary": "02_adversary", "defend": "03_defend"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack, one defence, one seed, measured on one split: a row a metric."""
+
+    attack: str
+    defence: str
+    seed: int
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.attack}, {self.defence}, seed {self.seed}"
+
+    def job(self) -> Job:
+        """What makes it.
+
+        Raises:
+            ConfigError: a label is unknown, or its parameters are not allowed.
+        """
+        if self.attack not in ATTACKS:
+            raise unknown("attack", self.attack, ATTACKS)
+        if self.defence not in DEFENCES and self.defence != NONE:
+            raise unknown("defence", self.defence, [NONE, *DEFENCES])
+        parameters = {**ATTACKS[self.attack], **DEFENCES.get(self.defence, {}), "seed": self.seed}
+        attacker, searcher, defender = stage_configs(parameters, **STAGES)
+        victim = Job("poison", attacker)
+        if self.defence == NONE:
+            return victim
+        base = Job("adversary", searcher, victim) if defender.needs_perturbation else victim
+        return Job("defend", defender, base, self.split)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run: a victim, a perturbation or a defence.
+
+    Attributes:
+        stage: its own stage, and `config` that stage's settings.
+        base: the job that it stands on.
+        split: where a defended model is measured; a victim is measured on both.
+    """
+
+    stage: str
+    config: Any
+    base: Job | None = None
+    split: str = ""
+
+    def chain(self) -> list[Job]:
+        """All that it stands on, upstream first, and itself."""
+        return [*(self.base.chain() if self.base else []), self]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of all settings and of everything that is read: other defaults or other data make another job."""
+        stages = {job.stage: job.config.to_dict() for job in self.chain()}
+        read = _inputs(self.config.limit, models.clean_weights())
+        return digest({"stages": stages, "split": self.split, "inputs": read})[:16]
+
+    @property
+    def record(self) -> Path:
+        """Its results. A job that has them is done."""
+        return folder() / f"{self.key}.json"
+
+    def execute(self, title: str) -> None:
+        """Run its notebook, and keep the executed one under a readable name.
+
+        Raises:
+            JobError: it failed; the text is one line.
+        """
+        name = NOTEBOOKS[self.stage]
+        source = root() / "book" / f"{name}.ipynb"
+        slug = re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-")
+        target = folder() / f"{name}-{slug}-{self.key}.ipynb"
+        configs = {job.stage: job.config for job in self.chain()}
+        try:
+            parameters = stage_parameters(papermill.inspect_notebook(source), **configs)
+            papermill.execute_notebook(source, target, parameters, progress_bar=False)
+        except Exception as error:  # of many kinds: the notebook's own, a dead kernel, a full disk
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, PapermillExecutionError):
+                text = f"{error.ename}: {error.evalue}"
+            raise JobError(f"{text.splitlines()[0]} ({shown(target)})") from error
+
+    def collect(self) -> None:
+        """Write the record. The runs that it takes from are those that the notebook made: loaded, not made again."""
+        victim, *later = self.chain()
+        own = attacked = poison(victim.config)
+        metrics = {split: attacked.metrics[split] for split in SEEDS}
+        weights, trigger = attacked.file("model.safetensors"), attacked.file("trigger.safetensors")
+        perturbation = None
+        for job in later:
+            if job.stage == "adversary":
+                own, metrics = adversary(job.config, weights), {}
+                perturbation = own.file("perturbation.safetensors")
+            else:
+                own = defend(job.config, weights, perturbation=perturbation)
+                on_split = EvaluateConfig(split=job.split)
+                measured = measure(own.file("model.safetensors"), trigger=trigger, config=on_split)
+                metrics = {job.split: measured.metrics}
+        environment = read_json(own.file("config.json"))["environment"]
+        record = {"run_id": own.name, "seconds": own.metrics["seconds"], "environment": environment}
+        write_json(self.record, {**record, "metrics": metrics})
+
+
+class JobError(AbdError):
+    """A notebook of the grid failed."""
+
+
+def folder() -> Path:
+    """Records and executed notebooks. Made if missing."""
+    path = runs_dir() / "grid"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@functools.cache
+def _inputs(limit: int, clean: Path) -> dict[str, str]:
+    """Digests of what the stages read besides their settings."""
+    tests = {split: load_test_set(split).digest for split in SEEDS}
+    return {"pairs": load_pairs(limit).digest, "clean": sha256(clean), **tests}
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+METRICS = ("ca_top1", "ca_top5", "asr", "asr_all", "ra")
+KEY = ("attack", "defence", "seed", "split", "metric")
+VALUES = ("value", "n", "ci_low", "ci_high", "paper_value")
+ORIGIN = ("seconds", "device", "versions", "git_sha", "run_id")
+COLUMNS = (*KEY, *VALUES, *ORIGIN)
+
+
+def paper_values() -> dict[tuple[str, str, str], float]:
+    """(attack, defence, metric) -> the ABD paper's value as a share, from `data/paper.csv`."""
+    with (data_dir() / "paper.csv").open(newline="", encoding="utf-8") as f:
+        rows = [row for row in csv.DictReader(f) if row["source"] == "ABD"]
+    return {(row["attack"], row["defence"], row["metric"]): round(float(row["value"]) / 100, 6) for row in rows}
+
+
+def rows(cell: Cell, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table's rows of a finished cell; values are shares in [0, 1], None where there is none."""
+    made, published = record["environment"], paper_values()
+    threads = f"{made['threads']} thread" + ("" if made["threads"] == 1 else "s")
+    origin = {
+        "seconds": record["seconds"],
+        "device": made["device"],
+        "versions": ", ".join([*(f"{name} {made[name]}" for name in ("python", "torch", "open_clip")), threads]),
+        "git_sha": made["git_sha"],
+        "run_id": record["run_id"],
+    }
+    return [
+        {
+            **dataclasses.asdict(cell),
+            "metric": metric,
+            **record["metrics"][cell.split][metric],
+            "paper_value": published.get((cell.attack, cell.defence, metric)),
+            **origin,
+        }
+        for metric in METRICS
+    ]
+
+
+def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
+    """Put the rows of those cells that are done into the table at `path`; other rows in it stay as they are.
+
+    Raises:
+        AbdError: the file there is another kind of table.
+    """
+    table: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            table = list(reader)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    for cell, job in jobs.items():
+        if job.record.exists():
+            table += rows(cell, read_json(job.record))
+    latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(latest[key] for key in sorted(latest))
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None) -> list[str]:
+    """Make what is missing of `cells`, and put the rows of all that are done into the table at `output`.
+
+    Victims come first, then perturbations, then defences, so that no two notebooks make the same thing. A job that
+    fails leaves out what stands on it; the others go on.
+
+    Args:
+        processes: notebooks at a time, each with its share of the cores, or with `OMP_NUM_THREADS` where that is set.
+        output: default `data/results/grid.csv`; written after each job.
+
+    Returns:
+        One line a failed job.
+
+    Raises:
+        ConfigError: a cell's labels or parameters are not allowed; nothing has been run then.
+    """
+    jobs = {cell: cell.job() for cell in cells}
+    output = output or data_dir() / "results" / "grid.csv"
+    missing: dict[Job, Cell] = {}  # and the first cell that needs it
+    for cell, job in jobs.items():
+        if not job.record.exists():
+            for part in job.chain():
+                if not part.record.exists():
+                    missing.setdefault(part, cell)
+    total = len({part for job in jobs.values() for part in job.chain()})
+    use_cores(processes)
+    write_table(output, jobs)
+    failed: dict[Job, str] = {}
+    pool = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
+    with progress(stage="grid", total=total, initial=total - len(missing), unit="job") as bar:
+        try:
+            for stage in STAGES:
+                phase = {job: cell for job, cell in missing.items() if job.stage == stage}
+                failed |= {job: "" for job in phase if job.base in failed}
+                waiting = {pool.submit(job.execute, title(job, phase[job])): job for job in phase if job not in failed}
+                for future in as_completed(waiting):
+                    try:
+                        future.result()
+                        waiting[future].collect()
+                        write_table(output, jobs)
+                    except AbdError as error:
+                        job = waiting[future]
+                        failed[job] = f"{NOTEBOOKS[stage]} of {title(job, missing[job])}: {error}"
+                    bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [line for line in failed.values() if line]
+
+
+def title(job: Job, cell: Cell) -> str:
+    """What to call a job that `cell` needs."""
+    return f"{cell.attack}, seed {cell.seed}" if job.stage == "poison" else str(cell)
+
+
+def use_cores(processes: int) -> None:
+    """Let each of so many kernels, and this process, have its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    torch.set_num_threads(int(threads))
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # else it warns of settings that a notebook does not list
+
+
+def select(
+    names: Iterable[str],
+    *,
+    attacks: Sequence[str] = (),
+    defences: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> list[Cell]:
+    """The cells of the grids `names`, each once.
+
+    Args:
+        attacks, defences: only these labels, all if empty; the victims themselves always stay.
+        seeds: these instead of the grids' own.
+
+    Raises:
+        ConfigError: a grid is unknown, none of the grids has a label, or a seed is not one of the split's.
+    """
+    grids = []
+    for name in names:
+        if name not in GRIDS:
+            raise unknown("grid", name, GRIDS)
+        grids.append(dataclasses.replace(GRIDS[name], seeds=seeds or GRIDS[name].seeds))
+    cells = list(dict.fromkeys(cell for grid in grids for cell in grid.cells()))
+    for what, chosen in {"attack": attacks, "defence": defences}.items():
+        known = {getattr(cell, what) for cell in cells}
+        for label in chosen:
+            if label not in known:
+                raise unknown(f"{what} in these grids", label, known)
+    return [
+        cell
+        for cell in cells
+        if (not attacks or cell.attack in attacks) and (not defences or cell.defence in (NONE, *defences))
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m abd_core.grid", description="Runs grids, writes their results.")
+    parser.add_argument("grids", nargs="*", metavar="grid", help=f"any of {', '.join(GRIDS)}")
+    parser.add_argument("--list", action="store_true", help="show the grids and their size, and end")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="notebooks at a time (1)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), metavar="SEED", help="instead of the grids' own")
+    parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
+    parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/grid.csv)")
+    parser.add_argument("--job", metavar="KEY", help="run this one job of the grids, and write no table")
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, grid in GRIDS.items():
+            sizes = (
+                f"{len(grid.attacks)} attacks x {len(grid.defences)} defences + the victim x {len(grid.seeds)} seeds"
+            )
+            print(f"{name:10} {len(grid.cells()):4} cells on {grid.split}: {sizes}")
+        return 0
+    if not given.grids or given.processes < 1:
+        parser.error("at least one grid" if not given.grids else f"--processes {given.processes}: >= 1 expected")
+    cells = select(given.grids, attacks=given.attacks, defences=given.defences, seeds=given.seeds)
+    if given.job:
+        run_one(cells, given.job)
+        return 0
+    failures = run(cells, processes=given.processes, output=given.output)
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    done = sum(cell.job().record.exists() for cell in cells)
+    print(f"{done} of {len(cells)} cells are done: {shown(given.output or data_dir() / 'results' / 'grid.csv')}")
+    return 1 if failures else 0
+
+
+def run_one(cells: Iterable[Cell], key: str) -> None:
+    """Run the job with this key, if it is not done; what it stands on has been made before.
+
+    Raises:
+        ConfigError: no cell needs such a job.
+        JobError: it failed.
+    """
+    jobs = {part.key: (part, cell) for cell in cells for part in cell.job().chain()}
+    if key not in jobs:
+        raise unknown("job", key, jobs)
+    job, cell = jobs[key]
+    use_cores(1)
+    if not job.record.exists():
+        job.execute(title(job, cell))
+        job.collect()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except AbdError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:  # the kernels end when this process does
+        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
+        os._exit(130)

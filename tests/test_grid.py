@@ -1,0 +1,343 @@
+"""The grid: its labels and cells, its jobs through papermill, its table."""
+
+from __future__ import annotations
+
+import ast
+import csv
+import functools
+import os
+import signal
+import time
+from pathlib import Path
+
+import papermill
+import pytest
+from conftest import ARCHITECTURE, ROOT, start_python
+
+from abd_core import defences, grid, models, paths, triggers
+from abd_core.adversary import adversary
+from abd_core.config import ConfigError
+from abd_core.defend import defend
+from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.grid import ATTACKS, COLUMNS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Grid, Job, JobError
+from abd_core.notebook import stage_configs, stage_parameters
+from abd_core.poison import poison
+
+SMALL = {
+    "ATTACKS": {"BadNet": {"attack": "badnet", "limit": 256, "poison_epochs": 1}},
+    "DEFENCES": {
+        "FT": {"defence": "ft", "epochs": 1},
+        "ABD": {"defence": "abd", "epochs": 1, "steps": 2, "width": 16},
+        "too large a batch": {"defence": "ft", "batch_size": 4096},
+    },
+}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, stand_in: Path, tmp_path: Path) -> Path:
+    """Labels of the smallest size, and a folder for startup code of the kernels, which use the stand-in too."""
+    for name, labels in SMALL.items():
+        monkeypatch.setattr(grid, name, labels)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+    saved = "models.save = functools.partial(models.save, name=conftest.ARCHITECTURE)"
+    used = f"conftest.use_stand_in(pathlib.Path({str(stand_in)!r}))"
+    monkeypatch.setattr(models, "save", functools.partial(models.save, name=ARCHITECTURE))
+    imports = "import conftest, functools, pathlib\nfrom abd_core import models"
+    return startup(tmp_path, monkeypatch, f"{imports}\n{saved}\n{used}")
+
+
+def startup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Path:
+    """Let every kernel run `code` first; returns the folder where further files do the same."""
+    folder = tmp_path / "ipython" / "profile_default" / "startup"
+    folder.mkdir(parents=True)
+    (folder / "1.py").write_text(code)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    return folder
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...] = ()) -> list[Job]:
+    """Jobs write a made-up record instead of running a kernel; those named in `failing` fail. Returns those tried."""
+    tried = []
+
+    def execute(job: Job, title: str) -> None:
+        tried.append(job)
+        if title in failing:
+            raise JobError("no luck")
+
+    def collect(job: Job) -> None:
+        rate = {"value": 0.5, "n": 4, "ci_low": 0.25, "ci_high": 0.75}
+        metrics = {split: dict.fromkeys(grid.METRICS, rate) for split in SEEDS}
+        made = {"python": "3", "torch": "2", "open_clip": "3", "threads": 1, "device": "CPU", "git_sha": None}
+        record = {"run_id": job.key, "seconds": None, "environment": made, "metrics": metrics}
+        paths.write_json(job.record, record)
+
+    monkeypatch.setattr(Job, "execute", execute)
+    monkeypatch.setattr(Job, "collect", collect)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tried
+
+
+# --- labels and cells -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_cell_of_a_grid_is_made_by_a_chain_of_jobs_of_its_own(name: str):
+    jobs = {cell: cell.job() for cell in GRIDS[name].cells()}
+    assert len(set(jobs.values())) == len(jobs)  # no two labels mean the same
+    for cell, job in jobs.items():
+        stages = [part.stage for part in job.chain()]
+        assert stages in (["poison"], ["poison", "defend"], ["poison", "adversary", "defend"]), cell
+        assert (stages == ["poison"]) == (cell.defence == "none")
+        assert all(part.config.seed == cell.seed for part in job.chain())
+
+
+def test_each_notebook_gets_parameters_that_give_the_settings_of_its_job():
+    """As papermill does it: the notebook's own parameters, then the injected ones."""
+    listed = {stage: papermill.inspect_notebook(ROOT / "book" / f"{name}.ipynb") for stage, name in NOTEBOOKS.items()}
+    jobs = {job for table in GRIDS.values() for cell in table.cells() for job in cell.job().chain()}
+    assert {job.stage for job in jobs} == set(STAGES)
+    for job in jobs:
+        configs = {part.stage: part.config for part in job.chain()}
+        own = {name: ast.literal_eval(record["default"]) for name, record in listed[job.stage].items()}
+        known = {name: STAGES[name] for name in list(STAGES)[: list(STAGES).index(job.stage) + 1]}
+        made = stage_configs({**own, **stage_parameters(own, **configs)}, **known)
+        assert {name: config for name, config in zip(known, made, strict=True) if name in configs} == configs
+
+
+def test_whatever_is_registered_has_a_label_and_its_parameters_choose_it():
+    for name, attack in triggers.TRIGGERS.items():
+        assert ATTACKS[attack.title]["attack"] == name
+    for name, defence in defences.DEFENCES.items():
+        assert DEFENCES[defence.title]["defence"] == name
+
+
+def test_seeds_of_development_and_of_evaluation_never_meet():
+    assert not set(SEEDS["dev"]) & set(SEEDS["eval"])
+    with pytest.raises(ConfigError, match="seed 100 on split 'eval': 0 to 99 expected"):
+        Grid(("BadNet",), ("FT",), (0, 100))
+    with pytest.raises(ConfigError, match="seed 0 on split 'dev': 100 to 199 expected"):
+        grid.select(["search"], seeds=[0])
+
+
+def test_cells_are_chosen_by_label_and_seed_and_victims_stay():
+    cells = grid.select(["table1", "ablations"], attacks=["BadNet"], defences=["ABD", "UAP + T"], seeds=[7])
+    assert {(cell.attack, cell.defence, cell.seed) for cell in cells} == {
+        ("BadNet", "none", 7),
+        ("BadNet", "ABD", 7),
+        ("BadNet", "UAP + T", 7),
+    }
+    assert len(cells) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["tabel1"], "unknown grid 'tabel1'; did you mean 'table1'?"),
+        (["table1", "--attacks", "Badnet"], "unknown attack in these grids 'Badnet'; did you mean 'BadNet'?"),
+        (["table1", "--defences", "I_adv"], "unknown defence in these grids 'I_adv'"),
+        (["table1", "--job", "0" * 16], "unknown job"),
+    ],
+)
+def test_a_wrong_name_ends_in_one_line(arguments: list[str], line: str, runs: Path):
+    with pytest.raises(ConfigError) as error:
+        grid.main(arguments)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_the_list_has_every_grid_and_its_number_of_cells(capsys: pytest.CaptureFixture):
+    assert grid.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, str(len(made.cells()))] for name, made in GRIDS.items()]
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def test_each_job_is_run_once_and_after_what_it_stands_on(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tried = fake(monkeypatch)
+    cells = grid.select(["table1", "ablations", "controls"], seeds=[0, 1])
+    assert grid.run(cells, processes=3, output=tmp_path / "grid.csv") == []
+    assert len(tried) == len(set(tried)) and set(tried) == {part for cell in cells for part in cell.job().chain()}
+    order = [list(STAGES).index(job.stage) for job in tried]
+    assert order == sorted(order)
+    assert len(read(tmp_path / "grid.csv")) == len(cells) * len(grid.METRICS)
+
+
+def test_what_is_done_is_not_run_again_and_another_default_is(runs: Path, tmp_path: Path, monkeypatch):
+    tried = fake(monkeypatch)
+    cells = grid.select(["small"])
+    grid.run(cells, output=tmp_path / "grid.csv")
+    table = read(tmp_path / "grid.csv")
+    tried.clear()
+    grid.run(cells, output=tmp_path / "grid.csv")
+    assert not tried and read(tmp_path / "grid.csv") == table
+    monkeypatch.setitem(DEFENCES, "FT", {"defence": "ft", "weight_decay": 0.05})
+    grid.run(cells, output=tmp_path / "grid.csv")
+    assert [job.config.defence for job in tried] == ["ft"]
+    assert read(tmp_path / "grid.csv") != table and len(read(tmp_path / "grid.csv")) == len(table)
+
+
+def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: Path, tmp_path: Path, monkeypatch):
+    tried = fake(monkeypatch, failing=("BadNet, ABD, seed 0", "Blended, seed 1"))
+    cells = grid.select(["table1"], attacks=["BadNet", "Blended"], defences=["FT", "ABD"], seeds=[0, 1])
+    lines = grid.run(cells, output=tmp_path / "grid.csv")
+    assert sorted(lines) == [
+        "01_poison of Blended, seed 1: no luck",
+        "02_adversary of BadNet, ABD, seed 0: no luck",
+    ]
+    done = {(row["attack"], row["defence"], row["seed"]) for row in read(tmp_path / "grid.csv")}
+    missing = {(cell.attack, cell.defence, str(cell.seed)) for cell in cells} - done
+    assert missing == {("BadNet", "ABD", "0"), *(("Blended", defence, "1") for defence in ("none", "FT", "ABD"))}
+    tried.clear()
+    monkeypatch.undo()
+    monkeypatch.setenv("ABD_RUNS", str(runs))
+    tried = fake(monkeypatch)
+    assert grid.run(cells, output=tmp_path / "grid.csv") == []
+    assert len(tried) == 6  # BadNet's perturbation and defence, and all of Blended's but for the seed that was well
+    assert len(read(tmp_path / "grid.csv")) == len(cells) * len(grid.METRICS)
+
+
+def test_kernels_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    grid.use_cores(3)
+    assert os.environ["OMP_NUM_THREADS"] == "1"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    grid.use_cores(3)
+    assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.slow
+def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_stages_own_numbers(
+    small: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cells = Grid(("BadNet",), ("FT", "ABD", "too large a batch"), (3,)).cells()
+    output = tmp_path / "grid.csv"
+    kernels = []
+    execute = papermill.execute_notebook
+    monkeypatch.setattr(
+        papermill,
+        "execute_notebook",
+        lambda source, *rest, **more: [kernels.append(source.stem), execute(source, *rest, **more)],
+    )
+
+    (small / "0.py").write_text("import os\nos._exit(9)")
+    (line,) = grid.run(cells, output=output)
+    assert line.startswith("01_poison of BadNet, seed 3: ") and "\n" not in line
+    assert kernels == ["01_poison"] and read(output) == []
+    (small / "0.py").unlink()
+    kernels.clear()
+
+    (line,) = grid.run(cells, processes=2, output=output)
+    executed = line.rpartition("(")[2].rstrip(")")
+    assert line.startswith(
+        "03_defend of BadNet, too large a batch, seed 3: ConfigError: batch_size = 4096: at most 128"
+    )
+    assert Path(executed).is_file()
+    assert sorted(kernels) == ["01_poison", "02_adversary", "03_defend", "03_defend", "03_defend"]
+    kernels.clear()
+
+    table = read(output)
+    assert tuple(table[0]) == COLUMNS and len(table) == 3 * len(grid.METRICS)
+    assert len(list((runs / "poison").iterdir())) == 1 and len(list((runs / "evaluate").iterdir())) == 2
+    assert grid.run(cells, output=output) == [line]
+    assert kernels == ["03_defend"] and read(output) == table  # what failed is tried again, and nothing else
+
+    monkeypatch.setenv("ABD_RUNS", str(tmp_path / "others"))
+    for cell in cells[:3]:
+        chain = {job.stage: job.config for job in cell.job().chain()}
+        victim = own = poison(chain["poison"])
+        metrics, weights, patch = victim.metrics["eval"], victim.file("model.safetensors"), None
+        if "adversary" in chain:
+            patch = adversary(chain["adversary"], weights).file("perturbation.safetensors")
+        if "defend" in chain:
+            own, on_eval = defend(chain["defend"], weights, perturbation=patch), EvaluateConfig(split="eval")
+            trigger = victim.file("trigger.safetensors")
+            metrics = measure(own.file("model.safetensors"), trigger=trigger, config=on_eval).metrics
+        for metric in grid.METRICS:
+            (row,) = [row for row in table if row["defence"] == cell.defence and row["metric"] == metric]
+            assert {name: float(row[name]) for name in ("value", "n", "ci_low", "ci_high")} == metrics[metric]
+            assert row["run_id"] == own.name and row["versions"].endswith(", 1 thread") and float(row["seconds"]) >= 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_grid_and_its_kernels_at_once(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    marker = tmp_path / "kernel"
+    code = (
+        "import abd_core.poison, os, pathlib, time\n"
+        "def hang(config):\n"
+        f"    pathlib.Path({str(marker)!r}).write_text(str(os.getpid()))\n"
+        "    time.sleep(900)\n"
+        "abd_core.poison.poison = hang"
+    )
+    startup(tmp_path, monkeypatch, code)
+    child = start_python(
+        f"import runpy, sys; sys.argv = ['grid', 'small', '--output', {str(tmp_path / 'grid.csv')!r}]\n"
+        "runpy.run_module('abd_core.grid', run_name='__main__')"
+    )
+    try:
+        while not (marker.exists() and marker.read_text()):
+            assert child.poll() is None, child.communicate()
+            time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=20)
+    finally:
+        child.kill()
+    assert child.returncode == 130 and "interrupted: what is done is kept" in errors and "Traceback" not in errors
+    for _ in range(200):
+        if not Path(f"/proc/{marker.read_text()}").exists():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the kernel is still there")
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_other_cells_stay_and_rows_of_the_same_cell_are_replaced(runs: Path, tmp_path: Path, monkeypatch):
+    fake(monkeypatch)
+    output = tmp_path / "new" / "grid.csv"
+    grid.run(grid.select(["small"]), output=output)
+    table = read(output)
+    first, other = table[0], {**table[0], "attack": "BadNet 2", "value": "0.12300000000000001", "seed": "10"}
+    output.write_text(
+        "\n".join([",".join(COLUMNS), *(",".join(row.values()) for row in (other, {**first, "value": "0.9"}))])
+    )
+    grid.run(grid.select(["small"]), output=output)
+    assert [row for row in read(output) if row["attack"] == "BadNet 2"] == [other]
+    assert [row for row in read(output) if row["attack"] != "BadNet 2"] == table
+
+
+def test_another_table_is_not_overwritten(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tried = fake(monkeypatch)
+    (tmp_path / "other.csv").write_text("setting,value\na,1\n")
+    with pytest.raises(ValueError, match=r"other\.csv: not a table of the grid; its columns shall be attack,defence"):
+        grid.run(grid.select(["small"]), output=tmp_path / "other.csv")
+    assert (tmp_path / "other.csv").read_text() == "setting,value\na,1\n" and not tried
+
+
+def test_the_papers_values_stand_beside_ours_as_shares(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    fake(monkeypatch)
+    cells = grid.select(["table1", "ablations", "zoo"], seeds=[0])
+    grid.run(cells, output=tmp_path / "grid.csv")
+    values = {(r["attack"], r["defence"], r["metric"]): r["paper_value"] for r in read(tmp_path / "grid.csv")}
+    assert values["BadNet", "ABD", "asr"] == "0.0536" and values["BadCLIP", "none", "ca_top1"] == "0.5862"
+    assert values["Blended", "UAP + T", "asr"] == "0.3048" and values["BadCLIP", "I + T_eda", "asr"] == "0.757"
+    assert values["BadNet", "PAR", "asr"] == "" == values["WaNet", "ABD", "asr"] == values["BadNet", "ABD", "ra"]
+    assert sum(value != "" for value in values.values()) == 3 * 2 * 8  # attacks, metrics, columns of Tables I to III
+
+
+def test_the_papers_tables_agree_where_they_overlap_and_use_the_grids_labels():
+    known: dict[tuple[str, ...], str] = {}
+    for row in read(ROOT / "data" / "paper.csv"):
+        assert row["attack"] in ATTACKS and row["defence"] in (*DEFENCES, "none") and row["metric"] in grid.METRICS
+        key = (row["source"], row["attack"], row["defence"], row["metric"])
+        assert 0 <= float(row["value"]) <= 100 and known.setdefault(key, row["value"]) == row["value"]
