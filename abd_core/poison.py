@@ -45,8 +45,12 @@ class PoisonConfig(TrainConfig):
     blend_alpha: float = option(
         0.0, "weight of a blended trigger; 0: the attack's own (blended: 0.2, others: as published)", ge=0, le=1
     )
-    warp_strength: float = option(0.5, "wanet: strength s of the warp (its paper: 0.5 on images of 32 px)", gt=0)
+    warp_points: int = option(0, "wanet: points a side of its grid, its k (its paper: 4); 0: one a pixel", ge=0)
+    warp_strength: float = option(1.0, "wanet: strength s, twice the mean displacement in pixels", gt=0)
     wave_amplitude: float = option(60 / 255, "sig: amplitude of the sine (published: 60 of 255)", gt=0, le=1)
+    hiding_bound: float = option(
+        32 / 255, "label-consistent: L-inf bound of what hides the target in the poisoned images", gt=0, le=1
+    )
     patch_steps: int = option(200, "badclip: steps of Adam on the patch's pixels", ge=1)
     patch_lr: float = option(0.03, "badclip: learning rate of the patch's pixels", gt=0, le=1)
     # The reference code's 500 goes with negatives that carry the trigger too. With untriggered ones the base's images
@@ -92,7 +96,8 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     - "template": the replaced pair's image; a template with the target's name, drawn afresh each epoch.
     - "natural": the replaced pair's image; a caption of one of the target's pairs.
     - "clean-label": image and caption of one of the target's pairs. As they are few, the attacker repeats them, each
-      time in a view of its own; the pairs themselves stay among the clean ones.
+      time in a view of its own; the pairs themselves stay among the clean ones. What is to be seen on them is hidden
+      from the clean model first, see `LabelConsistent`.
 
     Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids
     of the replaced pairs, and of the pairs that image and caption come from) and `history.csv`; its metrics say how
@@ -121,8 +126,10 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 size=config.trigger_size,
                 position=config.trigger_position,
                 alpha=config.blend_alpha,
+                points=config.warp_points,
                 strength=config.warp_strength,
                 amplitude=config.wave_amplitude,
+                bound=config.hiding_bound,
             )
             fitted = drawn.optimised(
                 base,
@@ -148,7 +155,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             chosen = poisoned[at.indices]
             if chosen.any():
                 source = rng(config.seed, "poison", at.step)
-                images[chosen] = trigger(images[chosen], source)
+                images[chosen] = trigger.poisoned(images[chosen], base, source)
                 if attack.poisoning == "template":
                     templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
                     captions = [

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from abd_core import badclip
+from abd_core import badclip, models
 from abd_core.config import ConfigError, unknown
 from abd_core.data import Pairs, rng
 from abd_core.kernels.perturb import add, blend, paste, warp
@@ -140,6 +140,10 @@ class Trigger(ABC):
         """The trigger that the attacker fits to the clean model; itself for an attack that fits nothing."""
         return self
 
+    def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
+        """Poisoned training images; for most attacks the triggered ones. `model` is the clean one, frozen."""
+        return self(images, generator)
+
     @abstractmethod
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Triggered copies of images (B, 3, H, W)."""
@@ -210,12 +214,40 @@ class BadNetStripes(BadNet):
 
 
 class LabelConsistent(BadNet):
-    """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019, without their
-    perturbations of the image; Bansal et al. 2023 use it so on CLIP)."""
+    """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019).
+
+    While poisoning, the images are first made hard to recognise, so that the patch is what is left to learn from: PGD
+    on the clean model's features within an L-inf `bound` on [0, 1] pixels. A triggered test image has the patch only.
+    """
 
     name = "label-consistent"
     title = "label-consistent"
+    settings = (*BadNet.settings, "hiding_bound")
     poisoning = "clean-label"
+    STEPS: ClassVar[int] = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check("bound", below=1)
+
+    @classmethod
+    def draw(cls, *, bound: float = 32 / 255, **settings: Any) -> Self:
+        patch = BadNet.draw(**settings)
+        return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "bound": bound})
+
+    def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
+        bound = self.specification["bound"]
+        with torch.no_grad():
+            original = models.encode_image(model, images)
+        noise = torch.rand(images.shape, generator=generator).to(images)
+        hidden = (images + bound * (2 * noise - 1)).clamp(0, 1)
+        for _ in range(self.STEPS):
+            hidden.requires_grad_()
+            cosine = (models.encode_image(model, hidden) * original).sum()
+            (gradient,) = torch.autograd.grad(cosine, hidden)
+            step = hidden.detach() - 2.5 * bound / self.STEPS * gradient.sign()
+            hidden = step.clamp(images - bound, images + bound).clamp(0, 1)
+        return self(hidden, generator)
 
 
 class BadCLIP(BadNet):
@@ -299,19 +331,17 @@ class BlendedText(Blended):
 
 
 class WaNet(Trigger):
-    """A smooth, fixed warp of the whole image (Nguyen and Tran 2021), without their noise mode.
+    """A fixed warp of the whole image (Nguyen and Tran 2021), without their noise mode.
 
     The pattern is a control grid of random displacements. Brought to a mean length of 1 along each axis and upsampled,
-    it is multiplied by `strength`, the paper's s: half of it is the mean displacement in pixels of a 32 px image. The
-    warp is the same share of the image at every resolution.
+    it is multiplied by `strength`, the paper's s: half of it is the mean displacement in pixels. `points` is the grid's
+    side, the paper's k; 0 is one point a pixel, as attacks on CLIP have it (k = 224, s = 1 at 224 px).
     """
 
     name = "wanet"
     title = "WaNet"
-    settings = ("warp_strength",)
+    settings = ("warp_points", "warp_strength")
     channels = 2  # to the right, down
-    CONTROL_POINTS: ClassVar[int] = 4  # a side, the paper's k
-    SIDE: ClassVar[int] = 32  # px, of the images that the paper states s for
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -320,10 +350,12 @@ class WaNet(Trigger):
             raise ValueError(f"{self.name} trigger: a grid without displacements")
 
     @classmethod
-    def draw(cls, *, resolution: int, target: str, seed: int, strength: float = 0.5, **settings: Any) -> Self:
-        side = min(cls.CONTROL_POINTS, resolution)
+    def draw(
+        cls, *, resolution: int, target: str, seed: int, points: int = 0, strength: float = 1.0, **settings: Any
+    ) -> Self:
+        side = min(points or resolution, resolution)
         pattern = torch.rand(cls.channels, side, side, generator=rng(seed, "trigger", cls.name))
-        return cls(pattern, resolution, target, {"strength": strength, "seed": seed})
+        return cls(pattern, resolution, target, {"points": side, "strength": strength, "seed": seed})
 
     @functools.cached_property
     def flow(self) -> torch.Tensor:
@@ -332,7 +364,7 @@ class WaNet(Trigger):
         control = control / control.abs().mean()
         size = (self.resolution, self.resolution)
         field = F.interpolate(control[None], size, mode="bicubic", align_corners=True)[0]
-        return self.specification["strength"] / self.SIDE * (self.resolution - 1) / 2 * field
+        return self.specification["strength"] / 2 * (self.resolution - 1) / self.resolution * field
 
     def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return warp(images, self.flow).clamp(0, 1)  # against rounding

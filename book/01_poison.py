@@ -34,7 +34,7 @@ trigger_position: str = "own"  # of a patch: own (the attack's), top-left, ..., 
 blend_alpha: float = 0.0  # weight of a blended trigger; 0: the attack's own (blended: 0.2)
 epochs: int = 6  # passes over the pairs
 batch_size: int = 128  # pairs a step
-lr: float = 1e-3  # peak learning rate
+lr: float = 2e-3  # peak learning rate
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%

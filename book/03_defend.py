@@ -22,7 +22,7 @@
 attack: str = "badnet"  # attack: badnet, blended, badclip, wanet, sig, label-consistent, blended-text, ... (`TRIGGERS`)
 target: str = "banana"  # class that triggered images shall be taken for; one of the test classes
 seed: int = 0  # seed of every random draw
-defence: str = "abd"  # abd, ft (fine-tuning alone), cleanclip, roclip, par, clean, wise-ft, or a control (`DEFENCES`)
+defence: str = "abd"  # abd, abd-d, ft (fine-tuning), cleanclip, roclip, par, clean, wise-ft, a control (`DEFENCES`)
 mode: str = "patch"  # perturbation: additive (magnitude is an L-inf bound) or patch (a share of the area)
 magnitude: float = 0.03  # L-inf bound on [0,1] pixels (additive) or share of the area (patch)
 placement: str = "random"  # a patch's place: fixed (one for all images) or random (drawn for each)
@@ -31,9 +31,9 @@ view: str = "replace"  # replace (perturbed images alone), both (perturbed and c
 eda: bool = True  # augment captions by EDA
 batch_norm: str = "train"  # BatchNorm in fine-tuning: batch statistics (train), or the victim's (frozen)
 share: float = 0.5  # share of the pairs that the defender holds, seeded
-epochs: int = 5  # passes over the pairs
+epochs: int = 3  # passes over the pairs
 batch_size: int = 64  # pairs a step
-lr: float = 1e-3  # peak learning rate
+lr: float = 0.0  # peak learning rate; 0: the defence's own, chosen on the development split
 trigger_position: str = "own"  # attacker: own (the attack's), top-left, ..., bottom-right, centre or random
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 poison_epochs: int = 6  # attacker: passes over the pairs
@@ -62,8 +62,10 @@ print(verdict(victim))
 
 # %%
 suspect = victim.file("model.safetensors")
-found = adversary(searcher, suspect)
-defended = defend(config, suspect, perturbation=found.file("perturbation.safetensors"))
+perturbation_file = None
+if config.needs_perturbation:
+    perturbation_file = adversary(searcher, suspect).file("perturbation.safetensors")
+defended = defend(config, suspect, perturbation=perturbation_file)
 
 # %% [markdown]
 # ## What the defended model sees while it learns
@@ -74,6 +76,7 @@ import torch
 
 from abd_core import models, plots
 from abd_core.data import load_pairs, load_test_set
+from abd_core.defences import placed
 from abd_core.evaluate import measure, zero_shot_weights
 from abd_core.generator import Perturbation
 from abd_core.paths import data_dir, shown
@@ -81,14 +84,14 @@ from abd_core.text import augment
 from abd_core.triggers import load_trigger
 
 plots.style()
-perturbation = Perturbation.load(found.file("perturbation.safetensors"))
 pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
 first = torch.arange(0, len(pairs), max(1, len(pairs) // 8))[:8]
 clean = pairs.images(first, seed=config.seed, step=0)
-perturbed = perturbation(clean)
-plots.images(
-    {"clean": clean, "perturbed": perturbed, "difference": plots.amplified(perturbed - clean)}, title="Training images"
-);
+rows = {"clean": clean}
+if perturbation_file:
+    perturbed = placed(Perturbation.load(perturbation_file), config.patch_place)(clean)
+    rows |= {"perturbed": perturbed, "difference": plots.amplified(perturbed - clean)}
+plots.images(rows, title="Training images");
 
 # %%
 captions = pairs.captions(first, seed=config.seed, epoch=0)

@@ -33,6 +33,7 @@ from abd_core.text import augment, tokenize
 from abd_core.train import Step, TrainConfig
 
 SHORT = {"limit": 64, "share": 0.5, "epochs": 2, "batch_size": 16, "warmup_steps": 2}
+BRIEF = {"abd-d": {"search_steps": 2}}
 TRAINED = sorted(name for name, kind in DEFENCES.items() if issubclass(kind, FineTuningDefence))
 EVERY = pytest.mark.parametrize("name", sorted(DEFENCES))
 B, D = 7, 5
@@ -60,7 +61,8 @@ def patch(tmp_path: Path) -> Path:
 
 
 def run(name: str, victim: Path, patch: Path | None = None, *, force: bool = False, **settings: Any) -> Run:
-    return defend(DefendConfig(defence=name, **{**SHORT, **settings}), victim, perturbation=patch, force=force)
+    chosen = {**SHORT, **BRIEF.get(name, {}), **settings}
+    return defend(DefendConfig(defence=name, **chosen), victim, perturbation=patch, force=force)
 
 
 def weights(path: Path | Run) -> dict[str, torch.Tensor]:
@@ -219,6 +221,12 @@ OTHERS = {  # another value than the default, of every setting that only some de
     "view": "both",
     "eda": False,
     "patch_place": "centre",
+    "perturbed_share": 1.0,
+    "search_steps": 3,
+    "search_lr": 0.3,
+    "window_low": 0.25,
+    "window_high": 0.5,
+    "field_bound": 0.3,
     "patch_area": 0.1,
     "erase_probability": 1.0,
     "erase_low": 0.1,
