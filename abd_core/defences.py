@@ -308,7 +308,7 @@ class ABDD(Perturbed):
 
     title = "ABD-D"
     needs_clean_weights = True
-    owns = "clean pairs; clean weights, to find the perturbations"
+    owns = "clean pairs; clean weights"
     settings = (
         *Perturbed.settings,
         "perturbed_share",

@@ -68,9 +68,10 @@ class Disagreement:
 
 
 def squares(count: int, resolution: int, sides: tuple[float, float], generator: torch.Generator) -> torch.Tensor:
-    """Masks, bool (count, 1, R, R), of squares; sides uniform, centres uniform over the image, then pushed inside.
+    """Masks, bool (count, 1, R, R), of squares with uniform sides.
 
-    So that a corner is covered about as often as the middle.
+    Their centres are uniform over the image, then pushed inwards, so that corners are not covered much more rarely than
+    the middle.
     """
     low, high = (max(1, round(share * resolution)) for share in sides)
     side = torch.randint(low, high + 1, (count,), generator=generator)

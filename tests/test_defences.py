@@ -319,9 +319,9 @@ def test_a_run_is_keyed_by_what_its_defence_needs_and_by_nothing_else(name: str,
     assert inputs == expected
 
 
-def test_only_abd_needs_a_perturbation_and_only_two_defences_read_the_clean_weights():
+def test_only_abd_needs_a_perturbation_and_only_three_defences_read_the_clean_weights():
     assert [name for name, kind in DEFENCES.items() if kind.needs_perturbation] == ["abd"]
-    assert [name for name, kind in DEFENCES.items() if kind.needs_clean_weights] == ["clean", "wise-ft"]
+    assert [name for name, kind in DEFENCES.items() if kind.needs_clean_weights] == ["abd-d", "clean", "wise-ft"]
     assert sorted(name for name, kind in DEFENCES.items() if not kind.needs_pairs) == ["clean", "wise-ft"]
 
 
