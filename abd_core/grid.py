@@ -75,8 +75,6 @@ SEARCHED = (
     "ABD-D",
     "ABD-D + T",
     "random erasing",
-    "noise patch",
-    "Gaussian noise",
 )
 RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
 

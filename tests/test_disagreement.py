@@ -55,7 +55,7 @@ def test_one_half_of_the_share_shows_the_window_the_other_has_the_field_and_the_
 
 
 class Toy(nn.Module):
-    """Features: two fixed projections of the image, and a suspect's third, which a pattern in the corner switches on."""
+    """Features: two fixed projections of the image, and a suspect's third: a pattern in the corner switches it on."""
 
     def __init__(self, *, backdoor: bool) -> None:
         super().__init__()
