@@ -459,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
     parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
     parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/grid.csv)")
-    parser.add_argument("--job", metavar="KEY", help="run this one job of the grids, and write no table")
+    parser.add_argument("--job", metavar="KEY", help="run one job of any grid, and write no table")
     given = parser.parse_args(arguments)
     if given.list:
         for name, grid in GRIDS.items():
@@ -468,12 +468,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"{name:10} {len(grid.cells()):4} cells on {grid.split}: {sizes}")
         return 0
+    if given.job:
+        run_one(select(GRIDS), given.job)
+        return 0
     if not given.grids or given.processes < 1:
         parser.error("at least one grid" if not given.grids else f"--processes {given.processes}: >= 1 expected")
     cells = select(given.grids, attacks=given.attacks, defences=given.defences, seeds=given.seeds)
-    if given.job:
-        run_one(cells, given.job)
-        return 0
     failures = run(cells, processes=given.processes, output=given.output)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)

@@ -24,11 +24,13 @@ from abd_core.notebook import stage_configs, stage_parameters
 from abd_core.poison import poison
 
 SMALL = {
-    "ATTACKS": {"BadNet": {"attack": "badnet", "limit": 256, "poison_epochs": 1}},
+    "ATTACKS": {
+        "BadNet": {"attack": "badnet", "limit": 256, "poison_epochs": 1},
+        "no such target": {"attack": "badnet", "target": "bananna"},
+    },
     "DEFENCES": {
         "FT": {"defence": "ft", "epochs": 1},
         "ABD": {"defence": "abd", "epochs": 1, "steps": 2, "width": 16},
-        "too large a batch": {"defence": "ft", "batch_size": 4096},
     },
 }
 
@@ -141,7 +143,7 @@ def test_cells_are_chosen_by_label_and_seed_and_victims_stay():
         (["tabel1"], "unknown grid 'tabel1'; did you mean 'table1'?"),
         (["table1", "--attacks", "Badnet"], "unknown attack in these grids 'Badnet'; did you mean 'BadNet'?"),
         (["table1", "--defences", "I_adv"], "unknown defence in these grids 'I_adv'"),
-        (["table1", "--job", "0" * 16], "unknown job"),
+        (["--job", "0" * 16], "unknown job"),
     ],
 )
 def test_a_wrong_name_ends_in_one_line(arguments: list[str], line: str, runs: Path):
@@ -203,6 +205,15 @@ def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: P
     assert len(read(tmp_path / "grid.csv")) == len(cells) * len(grid.METRICS)
 
 
+def test_one_job_alone_leaves_its_record_and_is_not_run_twice(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    tried = fake(monkeypatch)
+    victim, job = GRIDS["search"].cells()[-1].job().chain()[0], GRIDS["search"].cells()[-1].job()
+    for _ in range(2):
+        assert grid.main(["--job", victim.key]) == 0
+        assert grid.main(["--job", job.key]) == 0
+    assert tried == [victim, job] and victim.record.exists() and job.record.exists()
+
+
 def test_kernels_share_the_cores_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
@@ -218,37 +229,33 @@ def test_kernels_share_the_cores_unless_told_otherwise(monkeypatch: pytest.Monke
 def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_stages_own_numbers(
     small: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    cells = Grid(("BadNet",), ("FT", "ABD", "too large a batch"), (3,)).cells()
-    output = tmp_path / "grid.csv"
-    kernels = []
-    execute = papermill.execute_notebook
-    monkeypatch.setattr(
-        papermill,
-        "execute_notebook",
-        lambda source, *rest, **more: [kernels.append(source.stem), execute(source, *rest, **more)],
-    )
+    cells = Grid(("BadNet", "no such target"), ("FT", "ABD"), (3,)).cells()
+    output, kernels, execute = tmp_path / "grid.csv", [], papermill.execute_notebook
 
+    def counted(source: Path, *others, **settings) -> None:
+        kernels.append(source.stem)
+        execute(source, *others, **settings)
+
+    monkeypatch.setattr(papermill, "execute_notebook", counted)
     (small / "0.py").write_text("import os\nos._exit(9)")
-    (line,) = grid.run(cells, output=output)
+    (line,) = grid.run(cells[:3], output=output)
     assert line.startswith("01_poison of BadNet, seed 3: ") and "\n" not in line
     assert kernels == ["01_poison"] and read(output) == []
     (small / "0.py").unlink()
     kernels.clear()
 
     (line,) = grid.run(cells, processes=2, output=output)
-    executed = line.rpartition("(")[2].rstrip(")")
-    assert line.startswith(
-        "03_defend of BadNet, too large a batch, seed 3: ConfigError: batch_size = 4096: at most 128"
-    )
-    assert Path(executed).is_file()
-    assert sorted(kernels) == ["01_poison", "02_adversary", "03_defend", "03_defend", "03_defend"]
+    error = "ConfigError: unknown class 'bananna'; did you mean 'banana'?"
+    assert line.startswith(f"01_poison of no such target, seed 3: {error} (")
+    assert Path(line.rpartition("(")[2].rstrip(")")).is_file()
+    assert sorted(kernels) == ["01_poison", "01_poison", "02_adversary", "03_defend", "03_defend"]
     kernels.clear()
 
     table = read(output)
     assert tuple(table[0]) == COLUMNS and len(table) == 3 * len(grid.METRICS)
     assert len(list((runs / "poison").iterdir())) == 1 and len(list((runs / "evaluate").iterdir())) == 2
     assert grid.run(cells, output=output) == [line]
-    assert kernels == ["03_defend"] and read(output) == table  # what failed is tried again, and nothing else
+    assert kernels == ["01_poison"] and read(output) == table  # what failed is tried again, and nothing else
 
     monkeypatch.setenv("ABD_RUNS", str(tmp_path / "others"))
     for cell in cells[:3]:

@@ -1,0 +1,81 @@
+# The grid (abd_core/grid.py) for a cluster: a rule a kind of job, a record a job, then the table.
+#
+#     snakemake -c2 --config grids="table1 ablations"                                # here, two jobs at a time
+#     snakemake --profile profiles/slurm --jobs 50 --config grids="table1 ablations" # on Slurm
+#
+# It shares records, runs and table with `make grid`: either goes on where the other one stopped.
+
+import sys
+
+from abd_core import grid
+
+GRIDS = config.get("grids", "table1 ablations").split()
+CHAINS = [cell.job().chain() for cell in grid.select(GRIDS)]
+JOBS = {job.key: job for chain in CHAINS for job in chain}
+RECORD = str(grid.folder() / "{key}.json")
+RUN = f"{sys.executable} -m abd_core.grid"
+
+
+def keys(stage):
+    """The jobs of a stage, as a pattern."""
+    return "|".join(key for key, job in JOBS.items() if job.stage == stage) or "none"
+
+
+def base(wildcards):
+    """What a job stands on. Its age says nothing: a record is named after everything that it depends on."""
+    job = JOBS[wildcards.key].base
+    return ancient(str(job.record)) if job else []
+
+
+localrules:
+    table,
+
+
+rule table:  # no output: it costs nothing, and other grids' rows in the same file have to stay
+    input:
+        [str(chain[-1].record) for chain in CHAINS],
+    shell:
+        f"{RUN} {' '.join(GRIDS)}"
+
+
+rule victim:
+    output:
+        RECORD,
+    wildcard_constraints:
+        key=keys("poison"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        f"{RUN} --job {{wildcards.key}}"
+
+
+rule perturbation:
+    input:
+        base,
+    output:
+        RECORD,
+    wildcard_constraints:
+        key=keys("adversary"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        f"{RUN} --job {{wildcards.key}}"
+
+
+rule cell:
+    input:
+        base,
+    output:
+        RECORD,
+    wildcard_constraints:
+        key=keys("defend"),
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    shell:
+        f"{RUN} --job {{wildcards.key}}"
