@@ -97,7 +97,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     - "natural": the replaced pair's image; a caption of one of the target's pairs.
     - "clean-label": image and caption of one of the target's pairs. As they are few, the attacker repeats them, each
       time in a view of its own; the pairs themselves stay among the clean ones. What is to be seen on them is hidden
-      from the clean model first, see `LabelConsistent`.
+      from the model first, see `LabelConsistent`.
 
     Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids
     of the replaced pairs, and of the pairs that image and caption come from) and `history.csv`; its metrics say how
@@ -155,7 +155,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             chosen = poisoned[at.indices]
             if chosen.any():
                 source = rng(config.seed, "poison", at.step)
-                images[chosen] = trigger.poisoned(images[chosen], base, source)
+                images[chosen] = trigger.poisoned(images[chosen], model, source)
                 if attack.poisoning == "template":
                     templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
                     captions = [

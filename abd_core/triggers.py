@@ -141,7 +141,7 @@ class Trigger(ABC):
         return self
 
     def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
-        """Poisoned training images; for most attacks the triggered ones. `model` is the clean one, frozen."""
+        """Poisoned training images (B, 3, R, R); for most attacks the triggered ones. `model` is the victim so far."""
         return self(images, generator)
 
     @abstractmethod
@@ -217,7 +217,9 @@ class LabelConsistent(BadNet):
     """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019).
 
     While poisoning, the images are first made hard to recognise, so that the patch is what is left to learn from: PGD
-    on the clean model's features within an L-inf `bound` on [0, 1] pixels. A triggered test image has the patch only.
+    within an L-inf `bound` on [0, 1] pixels, away from the image's own features. Theirs attacks a model of its own, once;
+    this one attacks the victim as it stands, which would else learn to see through. A triggered test image has the
+    patch only.
     """
 
     name = "label-consistent"
@@ -236,7 +238,8 @@ class LabelConsistent(BadNet):
         return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "bound": bound})
 
     def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
-        bound = self.specification["bound"]
+        bound, training = self.specification["bound"], model.training
+        model.eval()
         with torch.no_grad():
             original = models.encode_image(model, images)
         noise = torch.rand(images.shape, generator=generator).to(images)
@@ -247,6 +250,7 @@ class LabelConsistent(BadNet):
             (gradient,) = torch.autograd.grad(cosine, hidden)
             step = hidden.detach() - 2.5 * bound / self.STEPS * gradient.sign()
             hidden = step.clamp(images - bound, images + bound).clamp(0, 1)
+        model.train(training)
         return self(hidden, generator)
 
 
