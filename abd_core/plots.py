@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-METRICS = {
-    "ca_top1": "CA",
-    "ca_top5": "CA top-5",
-    "ca_top10": "CA top-10",
-    "asr": "ASR",
-    "asr_all": "ASR, all images",
-    "ra": "RA",
-}
+from abd_core.evaluate import Rate
+from abd_core.results import METRICS, front, means, shown_difference
 
 
 def style() -> None:
-    """One look for all figures: seaborn's white grid, a colour-blind-safe palette, quiet spines."""
+    """One look for all figures: seaborn's white grid, a colour-blind-safe palette; tables are shown whole."""
+    pd.set_option("display.max_rows", None, "display.max_colwidth", None)
     sns.set_theme(
         context="notebook", style="whitegrid", palette="colorblind", rc={"figure.dpi": 110, "savefig.bbox": "tight"}
     )
@@ -90,6 +88,219 @@ def bars(
     axes.set(ylim=(0, 109), ylabel="%", title=title)
     axes.set_xticks(range(len(metrics)), [METRICS[m] for m in metrics])
     axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+# The grid's results: tables and figures of chapters 4 and 5. All take rows of one split as `read_results` gives them,
+# show what is there, and say how many seeds a figure rests on.
+
+
+def table(
+    results: pd.DataFrame, attacks: Iterable[str], defences: Iterable[str], metrics: Sequence[str] = ("ca_top1", "asr")
+) -> pd.DataFrame:
+    """Means over seeds beside the paper's values, in %; a row an attack and defence that has been measured.
+
+    Cells are `mean ± half the t-interval over k seeds (k)`, or for one seed `value [interval of that run] (1)`.
+    """
+    summary = means(results)
+    rows = []
+    for attack, defence in itertools.product(attacks, defences):
+        row = {"attack": attack, "defence": defence}
+        for metric in metrics:
+            if (attack, defence, metric) in summary.index:
+                cell = summary.loc[(attack, defence, metric)]
+                row[METRICS[metric]] = _cell(cell)
+                row[f"{METRICS[metric]}, paper"] = "" if pd.isna(cell["paper"]) else f"{100 * cell['paper']:.2f}"
+        if len(row) > 2:
+            rows.append(row)
+    columns = [name for metric in metrics for name in (METRICS[metric], f"{METRICS[metric]}, paper")]
+    shown = pd.DataFrame(rows, columns=["attack", "defence", *columns]).fillna("").set_index(["attack", "defence"])
+    return shown[[name for name in columns if not name.endswith("paper") or shown[name].any()]]
+
+
+def _cell(cell: pd.Series) -> str:
+    value, low, high, half = (100 * cell[name] for name in ("mean", "ci_low", "ci_high", "half"))
+    spread = f"[{low:.1f}, {high:.1f}]" if cell["seeds"] == 1 else f"± {half:.1f}"
+    return f"{value:.1f} {spread} ({cell['seeds']:.0f})"
+
+
+def single_runs(
+    results: pd.DataFrame, attacks: Iterable[str], defences: Iterable[str], metric: str = "asr"
+) -> pd.DataFrame:
+    """A metric of every run, `value [interval over the test images]` in %; a row an attack and defence, a column a
+    seed."""
+    rows = results[results["metric"] == metric]
+    cells = rows.assign(cell=[str(Rate(r.value, r.n, r.ci_low, r.ci_high)) for r in rows.itertuples()])
+    wide = cells.pivot(index=["attack", "defence"], columns="seed", values="cell").fillna("")
+    there = [cell for cell in itertools.product(attacks, defences) if cell in wide.index]
+    return wide.loc[there].rename_axis(columns=f"{METRICS[metric]}, seed")
+
+
+def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `differences` to read: points with their interval, the paper's difference, seeds, and what it says."""
+    shown = pd.DataFrame(
+        {
+            "difference": [f"{r.defence} - {r.against}" for r in differences.itertuples()],
+            "attack": differences["attack"].to_numpy(),
+            "metric": differences["metric"].map(METRICS).to_numpy(),
+            "here [95 % over seeds]": [shown_difference(r) for r in differences.itertuples()],
+            "paper": ["" if pd.isna(paper) else f"{100 * paper:+.2f}" for paper in differences["paper"]],
+            "seeds": differences["seeds"].to_numpy(),
+            "here it is": differences["side"].to_numpy(),
+        }
+    )
+    shown = shown.set_index(["difference", "attack", "metric"])
+    return shown if shown["paper"].any() else shown.drop(columns="paper")
+
+
+def _timed(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
+    """A row a timed run: `attack`, `defence`, `seed`, `seconds` and `machine` (device and threads)."""
+    runs = results[results["defence"].isin(list(defences))].drop_duplicates(["attack", "defence", "seed"])
+    threads = runs["versions"].str.extract(r"(, \d+ threads?)", expand=False)
+    return runs.assign(machine=runs["device"] + threads.fillna("")).dropna(subset="seconds")
+
+
+def bullets(lines: Iterable[str]) -> Markdown:
+    """Sentences as a list to show."""
+    return Markdown("\n".join(f"- {line}" for line in lines) or "- not measured yet")
+
+
+def cost_table(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
+    """Wall time of a run in seconds: median, extremes and number of runs; a row a defence and machine."""
+    times = _timed(results, defences).groupby(["defence", "machine"], sort=False)["seconds"]
+    return times.agg(median="median", fastest="min", slowest="max", runs="size").round(1)
+
+
+def _colours(labels: Sequence[str]) -> dict[str, Any]:
+    palette = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels))
+    return dict(zip(labels, palette, strict=True))
+
+
+def _without_rows(title: str) -> Figure:
+    """Stands in for a figure that has nothing to show yet."""
+    figure, axes = plt.subplots(figsize=(6, 1.2), layout="constrained")
+    axes.text(0.5, 0.5, "no rows yet", ha="center", va="center")
+    axes.set_axis_off()
+    figure.suptitle(title)
+    return figure
+
+
+def plane(
+    results: pd.DataFrame, attacks: Sequence[str], rivals: Sequence[str], *, aside: Sequence[str] = (), title: str
+) -> Figure:
+    """CA against ASR, a panel an attack: lower right is better.
+
+    Seeds are faint, means bold with their intervals, the paper's points hollow. The line is the Pareto front of the
+    rivals' means; defences `aside` are squares and do not compete for it.
+    """
+    xy = ["ca_top1", "asr"]
+    results = results[results["metric"].isin(xy) & results["attack"].isin(list(attacks))]
+    if results.empty:
+        return _without_rows(title)
+    summary = 100 * means(results)[["mean", "half", "paper"]].unstack("metric")
+    runs = 100 * results.pivot(index=["attack", "defence", "seed"], columns="metric", values="value")
+    colours, columns = _colours([*rivals, *aside]), min(3, len(attacks))
+    rows = math.ceil(len(attacks) / columns)
+    size = (4 * columns + 1.8, 3.9 * rows)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for axes, attack in zip(grid.flat, attacks, strict=False):
+        for name, colour in colours.items():
+            if (attack, name) not in summary.index:
+                continue
+            cell, marker = summary.loc[(attack, name)], "s" if name in aside else "o"
+            axes.plot(*runs.loc[(attack, name)][xy].T.to_numpy(), marker, color=colour, alpha=0.3, ms=5, mew=0)
+            error = dict(zip(("xerr", "yerr"), cell["half"][xy], strict=True))
+            axes.errorbar(*cell["mean"][xy], **error, fmt=marker, color=colour, ms=8, elinewidth=1, label=name)
+            axes.plot(*cell["paper"][xy], marker, color=colour, ms=8, mfc="none", mew=1.5)
+        best = 100 * front(results, attack, rivals)
+        axes.step(best["ca_top1"], best["asr"], color="0.4", lw=1, ls="--", zorder=0)
+        axes.set(title=attack, xlabel="CA, %", ylabel="ASR, %", ylim=(-3, 103))
+        axes.tick_params(labelbottom=True)
+    for axes in grid.flat[len(attacks) :]:
+        axes.set_axis_off()
+    shown = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def forest(differences: pd.DataFrame, *, title: str, label: str = "against") -> Figure:
+    """Paired differences in points with their 95 % t-intervals over seeds; a panel a metric, a colour an attack.
+
+    Args:
+        differences: rows of `differences`, of one or several pairs of defences.
+        label: the column that names a row of the figure. A single seed has no interval; hollow diamonds: the paper.
+    """
+    if differences.empty:
+        return _without_rows(title)
+    metrics, attacks = differences["metric"].unique(), differences["attack"].unique()
+    names = pd.Index(differences[label].unique())
+    colours = _colours(attacks)
+    height = 1.4 + len(names) * max(0.35, 0.16 * len(attacks))
+    figure, grid = plt.subplots(
+        1, len(metrics), figsize=(3.6 * len(metrics) + 3.5, height), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, metric in zip(grid[0], metrics, strict=True):
+        for i, attack in enumerate(attacks):
+            part = differences[differences["metric"].eq(metric) & differences["attack"].eq(attack)]
+            y = names.get_indexer(part[label]) + (i - (len(attacks) - 1) / 2) * 0.8 / len(attacks)
+            half = 100 * (part["ci_high"] - part["difference"])
+            axes.errorbar(
+                100 * part["difference"], y, xerr=half, fmt="o", color=colours[attack], ms=5, capsize=2, label=attack
+            )
+            axes.plot(100 * part["paper"], y, "D", color=colours[attack], ms=6, mfc="none")
+        axes.axvline(0, color="0.4", lw=1)
+        axes.set(title=METRICS[metric], xlabel="difference, points")
+    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].set_ylim(len(names) - 0.5, -0.5)
+    grid[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title)
+    return figure
+
+
+def matrix(
+    results: pd.DataFrame, defences: Iterable[str], attacks: Iterable[str], *, title: str, metric: str = "asr"
+) -> Figure:
+    """Heat map of one metric in %, a row a defence and a column an attack; cells are means ± half the t-interval."""
+    summary = means(results[results["metric"] == metric]).reset_index()
+    mean, half = (100 * summary.pivot(index="defence", columns="attack", values=part) for part in ("mean", "half"))
+    there = [name for name in defences if name in mean.index], [name for name in attacks if name in mean.columns]
+    if not all(there):
+        return _without_rows(title)
+    mean, half = mean.loc[there], half.loc[there]
+    shown = mean.map("{:.0f}".format) + half.map(lambda h: "" if pd.isna(h) else f" ± {h:.0f}")
+    size = (3.5 + 1.2 * len(there[1]), 1.8 + 0.42 * len(there[0]))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    sns.heatmap(
+        mean,
+        annot=shown,
+        fmt="",
+        vmin=0,
+        vmax=100,
+        cmap="rocket_r",
+        ax=axes,
+        cbar_kws={"label": f"{METRICS[metric]}, %"},
+    )
+    axes.set(xlabel="attack", ylabel="defence", title=title)
+    axes.set_xticks(axes.get_xticks(), there[1], rotation=30, ha="right")
+    axes.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def costs(results: pd.DataFrame, defences: Sequence[str], *, title: str) -> Figure:
+    """Wall time of single runs and its medians, a row a defence, a colour a machine; the axis is logarithmic."""
+    runs = _timed(results, defences)
+    if runs.empty:
+        return _without_rows(title)
+    there = [name for name in defences if name in set(runs["defence"])]
+    figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(there)), layout="constrained")
+    sns.stripplot(runs, x="seconds", y="defence", hue="machine", order=there, alpha=0.6, jitter=0.2, ax=axes)
+    medians = runs.groupby(["defence", "machine"])["seconds"].median().reset_index()
+    axes.plot(medians["seconds"], medians["defence"], "|", color="black", ms=16, label="median of a machine")
+    axes.set(xscale="log", xlabel="seconds", ylabel="", title=title)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 

@@ -46,7 +46,9 @@ class PoisonConfig(TrainConfig):
         0.0, "weight of a blended trigger; 0: the attack's own (blended: 0.2, others: as published)", ge=0, le=1
     )
     warp_points: int = option(0, "wanet: points a side of its grid, its k (its paper: 4); 0: one a pixel", ge=0)
-    warp_strength: float = option(1.0, "wanet: strength s, twice the mean displacement in pixels", gt=0)
+    warp_strength: float = option(
+        2.5, "wanet: strength s, twice the mean displacement in pixels (on CLIP: 1 at 224 px)", gt=0
+    )
     wave_amplitude: float = option(60 / 255, "sig: amplitude of the sine (published: 60 of 255)", gt=0, le=1)
     hiding_bound: float = option(
         32 / 255, "label-consistent: L-inf bound of what hides the target in the poisoned images", gt=0, le=1

@@ -217,9 +217,9 @@ class LabelConsistent(BadNet):
     """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019).
 
     While poisoning, the images are first made hard to recognise, so that the patch is what is left to learn from: PGD
-    within an L-inf `bound` on [0, 1] pixels, away from the image's own features. Theirs attacks a model of its own, once;
-    this one attacks the victim as it stands, which would else learn to see through. A triggered test image has the
-    patch only.
+    within an L-inf `bound` on [0, 1] pixels, away from the image's own features. Theirs attacks another model,
+    once; this one attacks the victim as it stands, which would else learn to see through it. A triggered test image has
+    the patch only.
     """
 
     name = "label-consistent"

@@ -17,7 +17,7 @@ import open_clip
 import pytest
 import torch
 
-from abd_core import adversary, data, defend, evaluate, models, poison, pretrain
+from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,4 +143,5 @@ def concrete_configs() -> list[type[Config]]:
         adversary.AdversaryConfig,
         defend.DefendConfig,
         evaluate.EvaluateConfig,
+        results.ResultsConfig,
     ]

@@ -15,6 +15,7 @@ from abd_core.defend import DefendConfig
 from abd_core.notebook import SHARED, summary
 from abd_core.poison import PoisonConfig
 from abd_core.pretrain import PretrainConfig
+from abd_core.results import ResultsConfig
 
 BOOK = Path(__file__).parents[1] / "book"
 STAGES = {
@@ -22,6 +23,8 @@ STAGES = {
     "01_poison": {"poison": PoisonConfig},
     "02_adversary": {"poison": PoisonConfig, "adversary": AdversaryConfig},
     "03_defend": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
+    "04_results": {"results": ResultsConfig},  # these two run in test_results.py
+    "05_ablations": {"results": ResultsConfig},
 }
 SMOKE = {
     "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
@@ -55,7 +58,7 @@ def outputs(notebook, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in STAGES for extra in SETS[name]])
+@pytest.mark.parametrize(("name", "extra"), [(name, extra) for name in SETS for extra in SETS[name]])
 def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(name, extra):
     notebook = run(name, {**SMOKE[name], **extra})
     shown = outputs(notebook, "display_data") + outputs(notebook, "execute_result")
@@ -96,6 +99,7 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
+        ("04_results", {"results": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
     ],
 )
 def test_bad_parameter_ends_in_one_line_before_any_work(name, parameters, line, tmp_path):

@@ -1,0 +1,216 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 4. Results: does it work, at what price, and do we agree with the paper?
+#
+# **Question.** Which backdoors does ABD remove, what does that cost in clean accuracy, is there a better way, and how much of what the
+# paper {cite}`kuang2024abd` reports shows itself here too?
+#
+# Nothing is trained in this chapter. It reads one table, `data/results/grid.csv`: a row for each attack, defence, seed and metric, with the
+# machine and the run that it comes from. All numbers and verdicts below are computed from that table when the notebook runs.
+#
+# There are two kinds of spread. The interval of a **single run** is about the test images: what other images might have given. An interval
+# **over seeds** is about the runs: a seed draws the poisoned pairs, the victim, the defender's pairs and every batch, and all seeds are
+# measured on the same images. Means over seeds are shown as `mean ± half the 95 % t-interval (number of seeds)`; where there is one
+# seed only, the cell has that run's own interval in brackets. Neither kind covers what the other does.
+
+# %% tags=["parameters"]
+results: str = ""  # path of a results CSV; empty: the committed one
+split: str = "eval"  # test split: eval for results, dev for the choice of settings
+
+# %%
+from abd_core.notebook import show_configs, stage_configs
+from abd_core.results import ResultsConfig, read_results
+
+(config,) = stage_configs(globals(), results=ResultsConfig)
+show_configs(config)
+everything = read_results(config.path)
+grid = everything[everything["split"] == config.split]
+
+# %% [markdown]
+# ## What has been measured
+#
+# The attacks of the paper's Table I come first. Variants and parts of ABD and its controls are the matter of the
+# [next chapter](05_ablations).
+
+# %%
+import pandas as pd
+from IPython.display import Markdown
+
+from abd_core import plots
+from abd_core.defences import DEFENCES
+from abd_core.poison import ASR_AIM
+from abd_core.results import CONTROLS, LEVEL, VICTIM, claims, differences, findings, front, means, spoken
+
+plots.style()
+OURS, HONEST = "ABD", ["clean weights", "WiSE-FT"]
+attacks = list(grid["attack"].unique())
+in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
+beyond = [name for name in attacks if name not in in_paper and ", " not in name]
+variants = [*grid["defence"][grid["defence"].str.contains(r", | \+ ")], *CONTROLS]
+defences = [name for name in grid["defence"].unique() if name not in variants]
+rivals = [name for name in defences if name not in HONEST]
+grid.groupby("attack", sort=False).agg(
+    defences=("defence", "nunique"), seeds=("seed", "nunique"), rows=("value", "size")
+)
+
+# %% [markdown]
+# ## Table I, ours beside the paper's
+#
+# *none* is the victim itself. CA: clean accuracy, higher is better. ASR: attack success rate, lower is better. Both in %. The paper's
+# columns are for CLIP's RN50 on ImageNet and have no intervals.
+
+# %%
+plots.table(grid, in_paper, defences)
+
+# %% [markdown]
+# The same runs one by one, each with the interval that its test images leave it:
+
+# %%
+plots.single_runs(grid, in_paper, defences)
+
+# %% [markdown]
+# A defence can only be judged by a backdoor that is there. The attacks, by the ASR of their victims:
+
+# %%
+victims = means(grid[grid["defence"] == VICTIM])["mean"].unstack("metric").reindex(columns=["asr"]).droplevel("defence")
+took = victims["asr"] >= ASR_AIM
+plots.bullets(
+    f"mean ASR {word} the aim of {ASR_AIM:.0%}: {', '.join(f'*{name}*' for name in names) or 'no attack'}"
+    for word, names in {"reaches": took.index[took], "falls short of": took.index[~took]}.items()
+)
+
+# %% [markdown]
+# ## ABD against each other defence
+#
+# A seed's victim is the same for all defences. So the difference is taken seed by seed, and the luck of the victim falls out of it: the
+# intervals of these *paired* differences say more than those of the means above. Positive: ABD's is higher.
+
+# %%
+against = differences(grid, [(OURS, name) for name in defences if name != OURS])
+plots.difference_table(against[against["attack"].isin(in_paper)])
+
+# %%
+told = (against["seeds"] > 1).sum()
+Markdown(
+    f"Every interval holds at 95 % for itself alone. Of the {told} on this page, some {(1 - LEVEL) * told:.0f} would be"
+    " expected to leave out 0 by chance if there were no difference anywhere."
+)
+
+# %%
+plots.plane(grid, in_paper, rivals, aside=HONEST, title="The price of removing a backdoor: lower right is better");
+
+# %% [markdown]
+# Means are bold with their intervals over seeds, single seeds faint, the paper's values hollow. The dashed line is the Pareto front of our
+# means: no defence on it is beaten in both CA and ASR by another one. Squares do not compete for it, for the reason in the next section.
+#
+# ## Two rows that ask whether any of this is needed
+#
+# ABD's Eq. (2) needs the clean weights that the victim was made from. Who owns these can simply go back to them (*clean weights*), or meet
+# the victim half-way (*WiSE-FT* {cite}`wortsman2022wiseft`): no pairs, no training. A defence that needs clean weights has to be
+# better than that in something. What it can gain is the clean accuracy that the attacker's fine-tuning added; in this benchmark the
+# attacker starts from the clean weights and adds next to nothing else.
+
+# %%
+honest = against[against["against"].isin(HONEST)]
+plots.bullets(findings(honest))
+
+# %% [markdown]
+# ## Attacks beyond the paper
+#
+# The paper's three attacks paste or blend fixed noise. Others warp the image, add a wave, leave captions alone or use patterns with
+# structure, which are known to be harder to clean {cite}`singh2024par`.
+
+# %%
+plots.table(grid, beyond, defences)
+
+# %%
+plots.matrix(grid, defences, [*in_paper, *beyond], title="ASR, mean ± half the 95 % interval over seeds");
+
+# %% [markdown]
+# ## What a defender must own, and how long it takes
+#
+# The first table is what the code of each defence asks for. The times are wall times of one run of the defence (for *none*: of the
+# attacker's fine-tuning); what ABD's search for its perturbation takes (chapter 2) comes on top.
+
+# %%
+kinds = {kind.title: kind for kind in DEFENCES.values() if kind.title in defences}
+reads = {"clean pairs": "needs_pairs", "perturbation": "needs_perturbation", "clean weights": "needs_clean_weights"}
+pd.DataFrame(
+    {
+        name: {
+            "must own, besides the victim": kind.owns,
+            "reads while it defends": ", ".join(what for what, flag in reads.items() if getattr(kind, flag)),
+        }
+        for name, kind in kinds.items()
+    }
+).T
+
+# %%
+plots.cost_table(grid, defences)
+
+# %%
+plots.costs(grid, defences, title="Wall time of one run");
+
+# %% [markdown]
+# ## Where we agree with the paper and where not
+#
+# For each pair of defences and each attack on which the paper has values, its claim is the sign of its difference. It *agrees* with ours
+# if our interval lies wholly on the same side of zero, *disagrees* if it lies wholly on the other, and is *too close to tell* if the interval
+# contains zero. Sizes are not compared: data, model and share of poison are too different for that.
+
+# %%
+tested = against[against["verdict"] != ""]
+plots.bullets(claims(tested.sort_values("verdict", kind="stable")))
+
+# %% [markdown]
+# ## What a small benchmark can and cannot show
+#
+# What stands here in the place of CLIP and ImageNet is small in every respect, and that cuts both ways.
+#
+# - **The share of poison is far larger than the paper's 0.3 %.** What makes a backdoor is how often the model sees poisoned pairs; with a few
+#   thousand pairs in all, the same number of exposures is a large share of them. No statement about small shares can be tested here.
+# - **The attack is short, and so is forgetting it.** A backdoor learnt in a few hundred steps at a high learning rate may go in a few
+#   hundred more, whatever they train on. That favours plain fine-tuning over everything else, more than at the paper's scale.
+# - **The images are 64 pixels wide** and a patch of the paper's relative size has but a few pixels. They are drawings, not photographs, and
+#   their captions are short.
+# - **The model is a small relative of RN50**, with weights of its own that were trained on a few thousand pictures. How deep a backdoor
+#   sits in a network of that size says little of how deep it sits in a large one.
+# - **The test is small.** A hundred classes by one vendor, ten views of each drawing: the intervals of single runs show what that
+#   leaves open. The seeds are few, and an interval over few seeds is wide and trusts that runs scatter evenly.
+#
+# So it *can* show whether the method does what its description says; effects that are much larger than the spread; whether controls
+# without any adversary do as well; how the reading of an unclear sentence changes the outcome; and what costs more on the same
+# machine. It *cannot* give the paper's numbers, settle differences of a point or two, or prove that what fails here fails at scale.
+# A verdict *disagrees* says that a claim does not hold everywhere, not that it was never observed.
+
+# %% [markdown]
+# ## Summary
+
+# %%
+title = f"{OURS} minus the others, 95 % intervals over seeds; hollow: the paper"
+plots.forest(against[against["attack"].isin(in_paper)], title=title);
+
+# %% tags=["summary"]
+print(plots.table(grid, in_paper, defences).to_string())
+counts = tested["verdict"].value_counts()
+print(
+    "Claims of the paper:", ", ".join(f"{counts[verdict]} {verdict}" for verdict in counts.index) or "none tested yet"
+)
+
+# %% [markdown]
+# **What was learnt**, by attack: which defences no other one beats in both clean accuracy and attack success, and on which side of each
+# other defence the attack success is that ABD leaves.
+
+# %%
+fronts = {attack: map(spoken, front(grid, attack, rivals).index) for attack in [*in_paper, *beyond]}
+plots.bullets(
+    [f"on the Pareto front against *{attack}*: {', '.join(names) or 'no rows yet'}" for attack, names in fronts.items()]
+    + findings(against[against["metric"] == "asr"])
+)
