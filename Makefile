@@ -3,9 +3,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GRIDS ?= table1 ablations
+PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks book data clean
+.PHONY: help demo test grid lab notebooks book data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +29,9 @@ test: $(VENV)/installed-dev ## Run every check and test
 	done
 	$(BIN)/pytest
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
+	$(BIN)/python -m abd_core.grid $(GRIDS) --processes $(PROCESSES)
 
 lab: $(VENV)/installed ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/book

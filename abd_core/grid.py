@@ -482,14 +482,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def run_one(cells: Iterable[Cell], key: str) -> None:
+def run_one(cells: Sequence[Cell], key: str) -> None:
     """Run the job with this key, if it is not done; what it stands on has been made before.
 
     Raises:
         ConfigError: no cell needs such a job.
         JobError: it failed.
     """
-    jobs = {part.key: (part, cell) for cell in cells for part in cell.job().chain()}
+    jobs = {part.key: (part, cell) for cell in reversed(cells) for part in cell.job().chain()}  # the first cell's name
     if key not in jobs:
         raise unknown("job", key, jobs)
     job, cell = jobs[key]

@@ -112,7 +112,8 @@ def environment() -> dict[str, Any]:
 
     git = ["git", "-C", str(Path(__file__).parent)]
     revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    # Of the package alone: results that are written into the checkout do not change what makes them.
+    changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=False)
     sha = revision.stdout.strip() if revision.returncode == 0 else None
     return {
         "python": platform.python_version(),
