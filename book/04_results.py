@@ -36,8 +36,8 @@ grid = everything[everything["split"] == config.split]
 # %% [markdown]
 # ## What has been measured
 #
-# The attacks of the paper's Table I come first. Variants and parts of ABD and its controls are the matter of the
-# [next chapter](05_ablations).
+# The attacks of the paper's Table I come first. Variants and parts of ABD, and what its controls say of it, are the matter
+# of the [next chapter](05_ablations). *ABD-D* is this project's own variant of ABD, see below.
 
 # %%
 import pandas as pd
@@ -46,14 +46,14 @@ from IPython.display import Markdown
 from abd_core import plots
 from abd_core.defences import DEFENCES
 from abd_core.poison import ASR_AIM
-from abd_core.results import CONTROLS, LEVEL, VICTIM, claims, differences, findings, front, means, spoken
+from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, means, spoken
 
 plots.style()
 OURS, HONEST = "ABD", ["clean weights", "WiSE-FT"]
 attacks = list(grid["attack"].unique())
 in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
 beyond = [name for name in attacks if name not in in_paper and ", " not in name]
-variants = [*grid["defence"][grid["defence"].str.contains(r", | \+ ")], *CONTROLS]
+variants = list(grid["defence"][grid["defence"].str.contains(r", | \+ ")])
 defences = [name for name in grid["defence"].unique() if name not in variants]
 rivals = [name for name in defences if name not in HONEST]
 grid.groupby("attack", sort=False).agg(
@@ -120,6 +120,24 @@ plots.plane(grid, in_paper, rivals, aside=HONEST, title="The price of removing a
 # %%
 honest = against[against["against"].isin(HONEST)]
 plots.bullets(findings(honest))
+
+# %% [markdown]
+# ## ABD-D: the same idea with another search
+#
+# ABD's adversary is asked for a perturbation that leads images away from themselves and their captions, and Eq. (2), as printed, for
+# one on which victim and clean model *agree*. Neither asks for the backdoor: almost any patch leads an image astray, in the clean model too.
+# *ABD-D*, a variant of this project and not of the paper, asks for it directly: its perturbations are those on which victim and
+# clean model *disagree* most. Two are sought, by gradient steps on their pixels and without a GAN: an image of which a square window is
+# shown at a place drawn for each image, for triggers that are local, and a field that is added everywhere, for those that are not.
+# Fine-tuning then is ABD's own. It owns what ABD owns. Below: ABD-D minus each other defence.
+
+# %%
+VARIANT = "ABD-D"
+varied = differences(grid, [(VARIANT, name) for name in defences if name != VARIANT])
+plots.difference_table(varied[varied["attack"].isin(in_paper)])
+
+# %%
+plots.bullets(findings(varied))
 
 # %% [markdown]
 # ## Attacks beyond the paper

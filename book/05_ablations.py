@@ -133,7 +133,7 @@ from abd_core.adversary import AdversaryConfig
 from abd_core.defend import DefendConfig
 
 own = {"patch": f"{AdversaryConfig.magnitude:g} of the area", "share of pairs": DefendConfig.share}
-pd.DataFrame([{**own, "learning rate": DefendConfig.lr, "epochs": DefendConfig.epochs}], index=["ABD"])
+pd.DataFrame([{**own, "learning rate": DefendConfig().lr, "epochs": DefendConfig.epochs}], index=["ABD"])
 
 # %%
 pd.concat({name: beside(labels) for name, labels in sweeps.items()})
