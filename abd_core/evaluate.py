@@ -70,18 +70,37 @@ def rate(hits: torch.Tensor, clusters: torch.Tensor, *, z: float = 1.96) -> Rate
 
 
 @torch.no_grad()
+def prompt_features(model: open_clip.CLIP, class_names: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
+    """Unit features (K, T, D) of each class's T prompts, in the model's present mode."""
+    prompts = [template.format(name) for name in class_names for template in templates]
+    features = encode_text(model, tokenize(prompts, context_length=model.context_length))
+    return features.view(len(class_names), len(templates), -1)
+
+
 def zero_shot_weights(model: open_clip.CLIP, class_names: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
     """The zero-shot classifier (K, D): the normalised mean of each class's unit prompt features.
 
     The same as `open_clip.build_zero_shot_classifier`, transposed, with each distinct prompt encoded once.
     """
-    prompts = [template.format(name) for name in class_names for template in templates]
-    features = encode_text(model, tokenize(prompts, context_length=model.context_length))
-    means = features.view(len(class_names), len(templates), -1).mean(1)
-    return torch.nn.functional.normalize(means, dim=-1)
+    return torch.nn.functional.normalize(prompt_features(model, class_names, templates).mean(1), dim=-1)
 
 
 @torch.no_grad()
+def image_features(
+    model: open_clip.CLIP,
+    test_set: TestSet,
+    *,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    batch_size: int = 250,
+) -> torch.Tensor:
+    """Unit features (N, D) of all test images, on the CPU; `change` maps images in [0, 1], e.g. a trigger."""
+    rows = []
+    for start in range(0, len(test_set), batch_size):
+        images = test_set.images[start : start + batch_size].float() / 255
+        rows.append(encode_image(model, change(images) if change else images).cpu())
+    return torch.cat(rows)
+
+
 def similarities(
     model: open_clip.CLIP,
     test_set: TestSet,
@@ -89,16 +108,13 @@ def similarities(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Cosine of every test image with every class, float (N, K); `change` maps images in [0, 1], e.g. a trigger."""
+    """Cosine of every test image with every class, float (N, K), in eval mode; `change` as for `image_features`."""
     training = model.training
     model.eval()
     weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
-    rows = []
-    for start in range(0, len(test_set), batch_size):
-        images = test_set.images[start : start + batch_size].float() / 255
-        rows.append((encode_image(model, change(images) if change else images) @ weights.T).cpu())
+    features = image_features(model, test_set, change=change, batch_size=batch_size)
     model.train(training)
-    return torch.cat(rows)
+    return features @ weights.cpu().T
 
 
 @dataclass(frozen=True)

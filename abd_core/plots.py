@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 import torch
 from IPython.display import Markdown
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abd_core.evaluate import Rate
@@ -335,5 +337,88 @@ def curves(history: pd.DataFrame, *, x: str, panels: Sequence[Sequence[str]], ti
         axes.set(xlabel=x, ylabel=columns[0].replace("_", " ") if len(columns) == 1 else "loss")
         if len(columns) > 1:
             axes.legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+# --- similarity (chapter 6) ---------------------------------------------------------------------------------
+
+
+def estimates(table: pd.DataFrame, *, index: str, columns: str, digits: int = 1) -> pd.DataFrame:
+    """A tidy table of `value`, `ci_low` and `ci_high` to read: cells `value [low, high]`, in the order of the table."""
+    form = f"{{:.{digits}f}} [{{:.{digits}f}}, {{:.{digits}f}}]"
+    cells = [form.format(row.value, row.ci_low, row.ci_high) for row in table.itertuples()]
+    wide = table.assign(cell=cells).pivot(index=index, columns=columns, values="cell")
+    return wide.loc[table[index].unique(), table[columns].unique()].rename_axis(index=None, columns=None)
+
+
+def intervals(axes: Axes, table: pd.DataFrame, *, row: str) -> None:
+    """Values with their 95 % intervals as horizontal whiskers: a line for each `row`, a colour for each `model`.
+
+    Args:
+        table: `row`, `model`, `value`, `ci_low`, `ci_high`; where there is a column `paper`, its value as a diamond.
+    """
+    rows, models = list(table[row].unique()), list(table["model"].unique())
+    for i, model in enumerate(models):
+        part = table[table["model"] == model]
+        y = [rows.index(name) + 0.8 * ((i + 0.5) / len(models) - 0.5) for name in part[row]]
+        error = [part["value"] - part["ci_low"], part["ci_high"] - part["value"]]
+        axes.errorbar(
+            part["value"], y, xerr=error, fmt="o", markersize=4, capsize=3, color=f"C{i}", mec="black", label=model
+        )
+    if "paper" in table:
+        paper = table.drop_duplicates(row)["paper"]
+        axes.errorbar(paper, range(len(rows)), fmt="D", mfc="none", mec="black", label="paper (its own model)")
+    axes.set_yticks(range(len(rows)), [textwrap.fill(name, 21) for name in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+def distributions(
+    values: pd.DataFrame, means: pd.DataFrame, *, row: str, value: str, xlabel: str, title: str
+) -> Figure:
+    """Violins of `value` for each `row` and `model`, with the means that `intervals` draws on top of them."""
+    rows = list(means[row].unique())
+    figure, axes = plt.subplots(figsize=(8.5, 0.6 + 0.95 * len(rows)), layout="constrained")
+    sns.violinplot(
+        values,
+        y=row,
+        x=value,
+        hue="model",
+        order=rows,
+        density_norm="width",
+        inner=None,
+        alpha=0.4,
+        linewidth=0.5,
+        legend=False,
+        ax=axes,
+    )
+    intervals(axes, means, row=row)
+    axes.set(xlabel=xlabel, ylabel="", title=title)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def clouds(
+    panels: Mapping[str, Mapping[str, torch.Tensor]], shares: Mapping[str, torch.Tensor], *, title: str
+) -> Figure:
+    """Points in two principal components, a panel a model; an arrow leads from the first cloud's mean to each other's.
+
+    Args:
+        panels: model -> cloud -> coordinates (N, 2).
+        shares: model -> share of the variance on either axis, (2,).
+    """
+    figure, grid = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.2), squeeze=False, layout="constrained")
+    for axes, (model, sets) in zip(grid[0], panels.items(), strict=True):
+        start = next(iter(sets.values())).mean(0).tolist()
+        for i, (label, points) in enumerate(sets.items()):
+            axes.scatter(*points.T.numpy(), s=6, alpha=0.35, linewidth=0, color=f"C{i}", label=label)
+        for i, points in enumerate(list(sets.values())[1:], 1):
+            style = {"arrowstyle": "-|>", "color": "black", "linewidth": 3.5}
+            for look in (style, {**style, "color": f"C{i}", "linewidth": 2}):
+                axes.annotate("", xy=points.mean(0).tolist(), xytext=start, arrowprops={**look, "shrinkA": 0})
+        first, second = (f"axis {i + 1}: {share:.0%} of the variance" for i, share in enumerate(shares[model].tolist()))
+        axes.set(title=model, xlabel=first, ylabel=second, aspect="equal")
+    grid[0][-1].legend(frameon=False, markerscale=3, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title)
     return figure

@@ -25,12 +25,14 @@ STAGES = {
     "03_defend": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
     "04_results": {"results": ResultsConfig},  # these two run in test_results.py
     "05_ablations": {"results": ResultsConfig},
+    "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
 }
 SMOKE = {
     "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
     "01_poison": {"epochs": 1, "limit": 256},
     "02_adversary": {"poison_epochs": 1, "limit": 256, "steps": 2},
     "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
+    "06_similarity": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
 }
 SETS = {
     "00_benchmark": [{}, {"seed": 1, "batch_size": 64}],
@@ -40,6 +42,7 @@ SETS = {
         {},
         {"attack": "blended", "mode": "additive", "view": "both", "batch_norm": "frozen", "eda": "false"},
     ],
+    "06_similarity": [{}, {"attack": "blended", "target": "strawberry", "mode": "additive", "defence": "ft"}],
 }
 
 
@@ -68,6 +71,9 @@ def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(na
     if name == "03_defend":
         text = summary(Path("out.ipynb"))
         assert "ASR" in text and "ATTACK DID NOT TAKE" in text and Path(text.split("Figure: ")[1].strip()).is_file()
+    if name == "06_similarity":
+        text = summary(Path("out.ipynb"))
+        assert text.count("(paper ") == 4 and Path(text.split("Figure: ")[1].strip()).is_file()
 
 
 @pytest.mark.parametrize("name", STAGES)
