@@ -335,7 +335,8 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
         with path.open(newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             table = list(reader)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
+        if tuple(reader.fieldnames or ()) != COLUMNS or not whole:
             raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
     published = paper_values()
     for cell, job in jobs.items():
