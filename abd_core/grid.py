@@ -290,10 +290,11 @@ def _inputs(limit: int, clean: Path) -> dict[str, str]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 METRICS = ("ca_top1", "ca_top5", "asr", "asr_all", "ra")
-KEY = ("attack", "defence", "seed", "split", "metric")
-VALUES = ("value", "n", "ci_low", "ci_high", "paper_value")
-ORIGIN = ("seconds", "device", "versions", "git_sha", "run_id")
-COLUMNS = (*KEY, *VALUES, *ORIGIN)
+COLUMNS = (
+    *("attack", "defence", "seed", "split", "metric"),  # the key of a row
+    *("value", "n", "ci_low", "ci_high", "paper_value"),
+    *("seconds", "device", "versions", "git_sha", "run_id"),
+)
 
 
 def paper_values() -> dict[tuple[str, str, str], float]:
@@ -303,9 +304,11 @@ def paper_values() -> dict[tuple[str, str, str], float]:
     return {(row["attack"], row["defence"], row["metric"]): round(float(row["value"]) / 100, 6) for row in rows}
 
 
-def rows(cell: Cell, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def rows(
+    cell: Cell, record: Mapping[str, Any], published: Mapping[tuple[str, str, str], float]
+) -> list[dict[str, Any]]:
     """The table's rows of a finished cell; values are shares in [0, 1], None where there is none."""
-    made, published = record["environment"], paper_values()
+    made = record["environment"]
     threads = f"{made['threads']} thread" + ("" if made["threads"] == 1 else "s")
     origin = {
         "seconds": record["seconds"],
@@ -337,11 +340,13 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
         with path.open(newline="", encoding="utf-8") as f:
             reader = csv.DictReader(f)
             table = list(reader)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
+        if tuple(reader.fieldnames or ()) != COLUMNS or not whole:
             raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    published = paper_values()
     for cell, job in jobs.items():
         if job.record.exists():
-            table += rows(cell, read_json(job.record))
+            table += rows(cell, read_json(job.record), published)
     latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:

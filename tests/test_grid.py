@@ -338,20 +338,24 @@ def test_rows_of_other_cells_stay_and_rows_of_the_same_cell_are_replaced(runs: P
     grid.run(grid.select(["small"]), output=output)
     table = read(output)
     first, other = table[0], {**table[0], "attack": "BadNet 2", "value": "0.12300000000000001", "seed": "10"}
-    output.write_text(
-        "\n".join([",".join(COLUMNS), *(",".join(row.values()) for row in (other, {**first, "value": "0.9"}))])
-    )
+    with output.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows([other, {**first, "value": "0.9"}])
     grid.run(grid.select(["small"]), output=output)
     assert [row for row in read(output) if row["attack"] == "BadNet 2"] == [other]
     assert [row for row in read(output) if row["attack"] != "BadNet 2"] == table
 
 
-def test_another_table_is_not_overwritten(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    "text", ["setting,value\na,1\n", f"{','.join(COLUMNS)}\na,b\n", f"{','.join(COLUMNS)}\n{'1,' * len(COLUMNS)}1\n"]
+)
+def test_another_table_is_not_overwritten(text: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     tried = fake(monkeypatch)
-    (tmp_path / "other.csv").write_text("setting,value\na,1\n")
+    (tmp_path / "other.csv").write_text(text)
     with pytest.raises(ValueError, match=r"other\.csv: not a table of the grid; its columns shall be attack,defence"):
         grid.run(grid.select(["small"]), output=tmp_path / "other.csv")
-    assert (tmp_path / "other.csv").read_text() == "setting,value\na,1\n" and not tried
+    assert (tmp_path / "other.csv").read_text() == text and not tried
 
 
 def test_the_papers_values_stand_beside_ours_as_shares(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
