@@ -123,5 +123,4 @@ plots.estimates(table, index="measure", columns="model", digits=3).rename_axis("
 
 # %% [markdown]
 # **What was learnt.** The tables above say how much of the backdoor the perturbation shares at these settings. Whether that is what makes the
-# defence work is another question: the next chapter only shows *that* it works here, and controls (a patch of plain noise, random erasing)
-# have to show *why*.
+# defence work is another question: controls (a patch of plain noise, random erasing) have to show it, in [chapter 5](05_ablations).

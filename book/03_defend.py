@@ -79,7 +79,7 @@ from abd_core.data import load_pairs, load_test_set
 from abd_core.defences import placed
 from abd_core.evaluate import measure, zero_shot_weights
 from abd_core.generator import Perturbation
-from abd_core.paths import data_dir, shown
+from abd_core.paths import shown
 from abd_core.text import augment
 from abd_core.triggers import load_trigger
 
@@ -149,48 +149,7 @@ print(verdict(victim))
 print(f"Figure: {shown(defended.file('before_after.png'))}")
 
 # %% [markdown]
-# ## Is it more than luck, and is it ABD?
-#
-# One run shows that it can work. The committed table below (`python benchmarks/defence.py evaluation`) has the default
-# attack and defence at several seeds on the evaluation split, and beside it plain fine-tuning (FT) of the same length
-# and learning rate, with nothing added: whatever FT reaches too is not owed to the perturbation or to EDA.
-
-# %%
-reported = pd.read_csv(data_dir() / "results" / "evaluation.csv")
-wide = reported.assign(value=100 * reported["value"]).pivot_table(
-    index=["setting", "seed"], columns="metric", values="value"
-)
-wide[["ca_top1", "asr", "ra"]].rename(columns=plots.METRICS).round(1)
-
-# %% [markdown]
-# ## How the defaults were chosen
-#
-# By the table of `python benchmarks/defence.py development`, on another split and other seeds than the one above: each
-# row changes the default in one thing, values are means over the seeds. A setting takes the default's place if the 95 %
-# t-interval of the paired difference says that its ASR is lower, and its CA is at most five points below the victim's.
-# FT, the untrained patch and the row without EDA are controls, and no candidates: they are not ABD. (The rule was first
-# written with two standard errors in place of the t-interval, too little for three seeds: Eq. (2) with its sign turned
-# round, 1.5 points below the default, would have passed it.)
-
-# %%
-searched = pd.read_csv(data_dir() / "results" / "development.csv")
-searched["value"] *= 100
-wide = searched.pivot_table(index="setting", columns="metric", values="value")[["ca_top1", "asr", "ra"]]
-asr = searched[searched["metric"] == "asr"].pivot(index="seed", columns="setting", values="value")
-difference = asr.sub(asr["default"], axis=0)
-wide["ASR against default"] = difference.mean()
-wide["± (95 %)"] = 4.303 * difference.sem()  # Student's t for three seeds
-wide["seeds"] = asr.count()
-wide.rename(columns=plots.METRICS).round(1).sort_values("ASR")
-
-# %% [markdown]
-# **What was learnt.** At these settings the backdoor goes, and the price in clean accuracy is in the tables. They do not
-# show that ABD is what removes it. Plain fine-tuning at the same learning rate comes out alike within the spread of the
-# seeds, where the paper's Table II has fine-tuning alone far behind. On the development seeds ABD with the patch of an
-# untrained generator, and ABD without EDA, leave a lower ASR than the whole of it; on the evaluation seeds the untrained
-# patch leaves about the same ASR and somewhat less clean accuracy. So few seeds tell nothing of what training the patch,
-# or EDA, is worth. What decides is the learning rate: half of it leaves several times the ASR, twice of it all but
-# removes the backdoor and costs more clean accuracy than the rule allows. Two things may explain it, and later chapters
-# have to tell them apart: the patch of chapter 2 does not resemble the trigger (its table of mean shifts says so), and a
-# backdoor learnt in a few hundred steps is forgotten in a few hundred. At seed 3 the attack itself costs a little more
-# clean accuracy than it is meant to.
+# **What was learnt.** The table says what one run at one seed did to one backdoor. It does not say whether that is luck, or whether the
+# perturbation is what did it. [Chapter 4](04_results) sets all defences beside each other, over seeds and attacks; [chapter 5](05_ablations)
+# takes ABD apart, sets plain noise in the place of its perturbation, and shows how each defence's settings were chosen: on another
+# split and other seeds than those that are reported.
