@@ -140,8 +140,16 @@ class Trigger(ABC):
         """The trigger that the attacker fits to the clean model; itself for an attack that fits nothing."""
         return self
 
-    def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
-        """Poisoned training images (B, 3, R, R); for most attacks the triggered ones. `model` is the victim so far."""
+    def poisoned(
+        self, images: torch.Tensor, replaced: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Poisoned training images; for most attacks `images`, triggered.
+
+        Args:
+            images: in [0, 1], (B, 3, R, R).
+            replaced: images of the pairs in whose place these go, (B, 3, R, R).
+            model: the victim so far.
+        """
         return self(images, generator)
 
     @abstractmethod
@@ -216,10 +224,10 @@ class BadNetStripes(BadNet):
 class LabelConsistent(BadNet):
     """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019).
 
-    While poisoning, the images are first made hard to recognise, so that the patch is what is left to learn from: PGD
-    within an L-inf `bound` on [0, 1] pixels, away from the image's own features. Theirs attacks another model,
-    once; this one attacks the victim as it stands, which would else learn to see through it. A triggered test image has
-    the patch only.
+    While poisoning, the images are first made to look to the model like images of other classes, so that the patch is
+    what is left to learn from: PGD within an L-inf `bound` on [0, 1] pixels towards the features of the replaced pairs'
+    images. Theirs leads away from the target only, and attacks another model, once; this one attacks the victim as it
+    stands, which would else learn to see through it. A triggered test image has the patch only.
     """
 
     name = "label-consistent"
@@ -237,18 +245,19 @@ class LabelConsistent(BadNet):
         patch = BadNet.draw(**settings)
         return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "bound": bound})
 
-    def poisoned(self, images: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator) -> torch.Tensor:
+    def poisoned(
+        self, images: torch.Tensor, replaced: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator
+    ) -> torch.Tensor:
         bound, training = self.specification["bound"], model.training
         model.eval()
         with torch.no_grad():
-            original = models.encode_image(model, images)
-        noise = torch.rand(images.shape, generator=generator).to(images)
-        hidden = (images + bound * (2 * noise - 1)).clamp(0, 1)
+            goal = models.encode_image(model, replaced)
+        hidden = images
         for _ in range(self.STEPS):
-            hidden.requires_grad_()
-            cosine = (models.encode_image(model, hidden) * original).sum()
+            hidden = hidden.detach().requires_grad_()
+            cosine = (models.encode_image(model, hidden) * goal).sum()
             (gradient,) = torch.autograd.grad(cosine, hidden)
-            step = hidden.detach() - 2.5 * bound / self.STEPS * gradient.sign()
+            step = hidden.detach() + 2.5 * bound / self.STEPS * gradient.sign()
             hidden = step.clamp(images - bound, images + bound).clamp(0, 1)
         model.train(training)
         return self(hidden, generator)
