@@ -58,8 +58,8 @@ class PoisonConfig(TrainConfig):
     # The reference code's 500 goes with negatives that carry the trigger too. With untriggered ones the base's images
     # then leave themselves for nowhere: they end further from the target than they began.
     triplet_weight: float = option(1.0, "badclip: weight of the triplet loss beside InfoNCE", ge=0)
-    epochs: int = option(6, "passes over the pairs", ge=1)
-    lr: float = option(2e-3, "peak learning rate", gt=0, le=1)
+    epochs: int = option(10, "passes over the pairs", ge=1)
+    lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
 
 
 def poisoned_places(pairs: Pairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -32,9 +32,9 @@ rate: float = 0.1  # share of the pairs that is poisoned
 trigger_size: float = 0.07142857142857142  # side of a trigger patch, share of the image's (paper: 16 of 224 px)
 trigger_position: str = "own"  # of a patch: own (the attack's), top-left, ..., bottom-right, centre or random
 blend_alpha: float = 0.0  # weight of a blended trigger; 0: the attack's own (blended: 0.2)
-epochs: int = 6  # passes over the pairs
+epochs: int = 10  # passes over the pairs
 batch_size: int = 128  # pairs a step
-lr: float = 2e-3  # peak learning rate
+lr: float = 1e-3  # peak learning rate
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%

@@ -38,7 +38,7 @@ steps: int = 200  # optimiser steps
 batch_size: int = 16  # pairs a step
 lr: float = 2e-4  # Adam's learning rate
 share: float = 0.5  # share of the pairs that the defender holds, seeded
-poison_epochs: int = 6  # attacker: passes over the pairs
+poison_epochs: int = 10  # attacker: passes over the pairs
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 

@@ -36,7 +36,7 @@ batch_size: int = 64  # pairs a step
 lr: float = 0.0  # peak learning rate; 0: the defence's own, chosen on the development split
 trigger_position: str = "own"  # attacker: own (the attack's), top-left, ..., bottom-right, centre or random
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
-poison_epochs: int = 6  # attacker: passes over the pairs
+poison_epochs: int = 10  # attacker: passes over the pairs
 steps: int = 200  # adversary: optimiser steps
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 

@@ -34,7 +34,7 @@ share: float = 0.5  # share of the pairs that the defender holds, seeded
 epochs: int = 3  # defence: passes over the pairs
 lr: float = 0.0  # defence: peak learning rate; 0: the defence's own
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
-poison_epochs: int = 6  # attacker: passes over the pairs
+poison_epochs: int = 10  # attacker: passes over the pairs
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%

@@ -211,7 +211,8 @@ def test_attacks_with_the_target_s_captions_take_them_from_its_pairs(
     pairs = load_pairs(64)
     own = [i for i, label in enumerate(pairs.labels) if label == PRESENT]
     seen = overheard(monkeypatch)
-    run = poison(POISON.replace(attack=attack, target=PRESENT, patch_steps=1))
+    steps = {"patch_steps": 1} if attack == "badclip" else {}
+    run = poison(POISON.replace(attack=attack, target=PRESENT, **steps))
     trigger = load_trigger(run.file("trigger.safetensors"))
     table = pd.read_csv(run.file("poisoned.csv"))
     assert {pairs.ids[i] for i in own}.isdisjoint(table["id"]) and len(table) == run.metrics["poisoned"] == 16
@@ -226,7 +227,12 @@ def test_attacks_with_the_target_s_captions_take_them_from_its_pairs(
         bad = torch.tensor([pairs.ids[i] in source for i in places])
         clean = pairs.images(image_of, seed=0, step=step)
         assert torch.equal(images[~bad], clean[~bad])
-        assert torch.equal(images[bad], trigger(clean[bad]))
+        if own_image:  # hidden, and then triggered
+            assert (images[bad] - trigger(clean[bad])).abs().amax() <= PoisonConfig.hiding_bound + 1e-6
+            assert not bad.any() or not torch.equal(images[bad], trigger(clean[bad]))
+            assert torch.equal(trigger(images[bad]), images[bad])
+        else:
+            assert torch.equal(images[bad], trigger(clean[bad]))
         assert captions == pairs.captions(caption_of, seed=0, epoch=step // 4)
         assert all(PRESENT in caption for caption, is_bad in zip(captions, bad.tolist(), strict=True) if is_bad)
 
