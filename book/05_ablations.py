@@ -171,15 +171,15 @@ plots.bullets(findings(controls))
 
 # %%
 at = [attack for attack in attacks if attack.split(", ")[0] == "BadNet"]
-noise_places = sorted(name for name in grid["defence"].unique() if name.startswith("noise patch, "))
+noise_places = [name.replace(f"{OURS}, patch", "noise patch,") for name in places]
 title = "ASR by place of the trigger and of the patch, mean ± half the 95 % interval over seeds"
 plots.matrix(grid, [VICTIM, OURS, *places, "noise patch", *noise_places], at, title=title);
 
 # %%
 placed = grid[grid["attack"].isin(at)]
 moved = differences(placed, [(name, OURS) for name in places], ["asr"])
-pairs = [(name, name.replace(f"{OURS}, patch", "noise patch,")) for name in places]
-plots.bullets(findings(pd.concat([moved, differences(placed, [*pairs, (OURS, "noise patch")], ["asr"])])))
+pairs = [*zip(places, noise_places, strict=True), (OURS, "noise patch")]
+plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
 
 # %% [markdown]
 # ## How the settings of each defence were chosen
