@@ -55,7 +55,7 @@ class Estimate(NamedTuple):
 
     @property
     def positive(self) -> str:
-        """ "yes" or "no" where the interval lies wholly on one side of 0, else "open"."""
+        """Is it above 0? "yes" or "no" where the interval lies wholly on one side of 0, else "open"."""
         return "yes" if self.ci_low > 0 else "no" if self.ci_high < 0 else "open"
 
 
