@@ -36,6 +36,7 @@ from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.notebook import stage_configs, stage_parameters
 from abd_core.paths import atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
 from abd_core.poison import PoisonConfig, poison
+from abd_core.results import COLUMNS, VICTIM
 from abd_core.train import progress
 
 # --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
@@ -82,7 +83,6 @@ ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kin
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
     "BadNet, centre": {"attack": "badnet", "trigger_position": "centre"},
 }
-NONE = "none"  # the victim as it is; it belongs to every grid
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
     "I_adv + T": {"defence": "abd", "eda": False},
     "I + T_eda": {"defence": "abd", "view": "clean"},
@@ -120,7 +120,7 @@ class Grid:
 
     def cells(self) -> list[Cell]:
         """In the order of the labels, the victim first."""
-        names = (NONE, *self.defences)
+        names = (VICTIM, *self.defences)
         return [
             Cell(attack, name, seed, self.split) for attack in self.attacks for name in names for seed in self.seeds
         ]
@@ -186,12 +186,12 @@ class Cell:
         """
         if self.attack not in ATTACKS:
             raise unknown("attack", self.attack, ATTACKS)
-        if self.defence not in DEFENCES and self.defence != NONE:
-            raise unknown("defence", self.defence, [NONE, *DEFENCES])
+        if self.defence not in DEFENCES and self.defence != VICTIM:
+            raise unknown("defence", self.defence, [VICTIM, *DEFENCES])
         parameters = {**ATTACKS[self.attack], **DEFENCES.get(self.defence, {}), "seed": self.seed}
         attacker, searcher, defender = stage_configs(parameters, **STAGES)
         victim = Job("poison", attacker)
-        if self.defence == NONE:
+        if self.defence == VICTIM:
             return victim
         base = Job("adversary", searcher, victim) if defender.needs_perturbation else victim
         return Job("defend", defender, base, self.split)
@@ -290,11 +290,6 @@ def _inputs(limit: int, clean: Path) -> dict[str, str]:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 METRICS = ("ca_top1", "ca_top5", "asr", "asr_all", "ra")
-COLUMNS = (
-    *("attack", "defence", "seed", "split", "metric"),  # the key of a row
-    *("value", "n", "ci_low", "ci_high", "paper_value"),
-    *("seconds", "device", "versions", "git_sha", "run_id"),
-)
 
 
 def paper_values() -> dict[tuple[str, str, str], float]:
@@ -341,7 +336,7 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
             reader = csv.DictReader(f)
             table = list(reader)
         whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
-        if tuple(reader.fieldnames or ()) != COLUMNS or not whole:
+        if reader.fieldnames != list(COLUMNS) or not whole:
             raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
     published = paper_values()
     for cell, job in jobs.items():
@@ -350,7 +345,7 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
     latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(latest[key] for key in sorted(latest))
 
@@ -450,7 +445,7 @@ def select(
     return [
         cell
         for cell in cells
-        if (not attacks or cell.attack in attacks) and (not defences or cell.defence in (NONE, *defences))
+        if (not attacks or cell.attack in attacks) and (not defences or cell.defence in (VICTIM, *defences))
     ]
 
 

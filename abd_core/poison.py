@@ -50,8 +50,8 @@ class PoisonConfig(TrainConfig):
         2.5, "wanet: strength s, twice the mean displacement in pixels (on CLIP: 1 at 224 px)", gt=0
     )
     wave_amplitude: float = option(60 / 255, "sig: amplitude of the sine (published: 60 of 255)", gt=0, le=1)
-    hiding_bound: float = option(
-        32 / 255, "label-consistent: L-inf bound of what hides the target in the poisoned images", gt=0, le=1
+    hiding: float = option(
+        0.6, "label-consistent: share of another image blended over the target's while poisoning", gt=0, le=1
     )
     patch_steps: int = option(200, "badclip: steps of Adam on the patch's pixels", ge=1)
     patch_lr: float = option(0.03, "badclip: learning rate of the patch's pixels", gt=0, le=1)
@@ -98,8 +98,8 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     - "template": the replaced pair's image; a template with the target's name, drawn afresh each epoch.
     - "natural": the replaced pair's image; a caption of one of the target's pairs.
     - "clean-label": image and caption of one of the target's pairs. As they are few, the attacker repeats them, each
-      time in a view of its own; the pairs themselves stay among the clean ones. What is to be seen on them is hidden
-      from the model first, see `LabelConsistent`.
+      time in a view of its own; the pairs themselves stay among the clean ones. The replaced pair's image is blended
+      over them, see `LabelConsistent`.
 
     Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids
     of the replaced pairs, and of the pairs that image and caption come from) and `history.csv`; its metrics say how
@@ -131,7 +131,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 points=config.warp_points,
                 strength=config.warp_strength,
                 amplitude=config.wave_amplitude,
-                bound=config.hiding_bound,
+                hiding=config.hiding,
             )
             fitted = drawn.optimised(
                 base,
@@ -158,7 +158,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             if chosen.any():
                 source = rng(config.seed, "poison", at.step)
                 replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)
-                images[chosen] = trigger.poisoned(images[chosen], replaced, model, source)
+                images[chosen] = trigger.poisoned(images[chosen], replaced, source)
                 if attack.poisoning == "template":
                     templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
                     captions = [

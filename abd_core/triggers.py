@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from abd_core import badclip, models
+from abd_core import badclip
 from abd_core.config import ConfigError, unknown
 from abd_core.data import Pairs, rng
 from abd_core.kernels.perturb import add, blend, paste, warp
@@ -140,15 +140,12 @@ class Trigger(ABC):
         """The trigger that the attacker fits to the clean model; itself for an attack that fits nothing."""
         return self
 
-    def poisoned(
-        self, images: torch.Tensor, replaced: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator
-    ) -> torch.Tensor:
+    def poisoned(self, images: torch.Tensor, replaced: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Poisoned training images; for most attacks `images`, triggered.
 
         Args:
             images: in [0, 1], (B, 3, R, R).
             replaced: images of the pairs in whose place these go, (B, 3, R, R).
-            model: the victim so far.
         """
         return self(images, generator)
 
@@ -224,43 +221,27 @@ class BadNetStripes(BadNet):
 class LabelConsistent(BadNet):
     """BadNet's patch on images of the target alone, whose captions stay (Turner et al. 2019).
 
-    While poisoning, the images are first made to look to the model like images of other classes, so that the patch is
-    what is left to learn from: PGD within an L-inf `bound` on [0, 1] pixels towards the features of the replaced pairs'
-    images. Theirs leads away from the target only, and attacks another model, once; this one attacks the victim as it
-    stands, which would else learn to see through it. A triggered test image has the patch only.
+    While poisoning, the images are first made hard to recognise, so that the patch is what is left to learn from: their
+    interpolation towards other images, in pixels instead of a GAN's latent space. `hiding` is the share of the replaced
+    pair's image that is blended in. A triggered test image has the patch only.
     """
 
     name = "label-consistent"
     title = "label-consistent"
-    settings = (*BadNet.settings, "hiding_bound")
+    settings = (*BadNet.settings, "hiding")
     poisoning = "clean-label"
-    STEPS: ClassVar[int] = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check("bound", below=1)
+        self._check("hiding", below=1)
 
     @classmethod
-    def draw(cls, *, bound: float = 32 / 255, **settings: Any) -> Self:
+    def draw(cls, *, hiding: float = 0.5, **settings: Any) -> Self:
         patch = BadNet.draw(**settings)
-        return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "bound": bound})
+        return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "hiding": hiding})
 
-    def poisoned(
-        self, images: torch.Tensor, replaced: torch.Tensor, model: open_clip.CLIP, generator: torch.Generator
-    ) -> torch.Tensor:
-        bound, training = self.specification["bound"], model.training
-        model.eval()
-        with torch.no_grad():
-            goal = models.encode_image(model, replaced)
-        hidden = images
-        for _ in range(self.STEPS):
-            hidden = hidden.detach().requires_grad_()
-            cosine = (models.encode_image(model, hidden) * goal).sum()
-            (gradient,) = torch.autograd.grad(cosine, hidden)
-            step = hidden.detach() + 2.5 * bound / self.STEPS * gradient.sign()
-            hidden = step.clamp(images - bound, images + bound).clamp(0, 1)
-        model.train(training)
-        return self(hidden, generator)
+    def poisoned(self, images: torch.Tensor, replaced: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return self(torch.lerp(images, replaced, self.specification["hiding"]), generator)
 
 
 class BadCLIP(BadNet):

@@ -22,9 +22,10 @@ from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
-from abd_core.grid import ATTACKS, COLUMNS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Grid, Job, JobError
+from abd_core.grid import ATTACKS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Grid, Job, JobError
 from abd_core.notebook import stage_configs, stage_parameters
 from abd_core.poison import poison
+from abd_core.results import COLUMNS
 
 SMALL = {
     "ATTACKS": {
@@ -255,7 +256,7 @@ def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_s
     kernels.clear()
 
     table = read(output)
-    assert tuple(table[0]) == COLUMNS and len(table) == 3 * len(grid.METRICS)
+    assert list(table[0]) == list(COLUMNS) and len(table) == 3 * len(grid.METRICS)
     assert len(list((runs / "poison").iterdir())) == 1 and len(list((runs / "evaluate").iterdir())) == 2
     assert grid.run(cells[:3], output=output) == []
     assert not kernels and read(output) == table
