@@ -113,7 +113,8 @@ named = {
     for view, change in {"clean": None, "triggered": trigger}.items()
 }
 top = {view: answers.value_counts().head(5) for view, answers in named.items()}
-pd.DataFrame({view: [f"{name}: {count}" for name, count in counts.items()] for view, counts in top.items()})
+columns = {view: pd.Series([f"{name}: {count}" for name, count in counts.items()]) for view, counts in top.items()}
+pd.DataFrame(columns).fillna("")  # a victim may have fewer answers than five
 
 # %% [markdown]
 # **What was learnt.** The victim's clean accuracy gives nothing away: whoever tests it on clean images sees an ordinary model. The verdict above
