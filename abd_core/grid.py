@@ -83,6 +83,9 @@ ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kin
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
     "BadNet, centre": {"attack": "badnet", "trigger_position": "centre"},
 }
+DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
+DOSES = (0.01, 0.03, 0.3)
+ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
     "I_adv + T": {"defence": "abd", "eda": False},
     "I + T_eda": {"defence": "abd", "view": "clean"},
@@ -151,6 +154,7 @@ GRIDS: dict[str, Grid] = {
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
         range(3),
     ),
+    "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
     "search": Grid(
         PAPER,
         tuple(f"{name}, lr {lr}" for name in SEARCHED for lr in RATES),

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abd_core.evaluate import Rate
-from abd_core.results import METRICS, front, means, shown_difference
+from abd_core.results import METRICS, VICTIM, front, means, shown_difference
 
 
 def style() -> None:
@@ -304,6 +304,31 @@ def costs(results: pd.DataFrame, defences: Sequence[str], *, title: str) -> Figu
     axes.plot(medians["seconds"], medians["defence"], "|", color="black", ms=16, label="median of a machine")
     axes.set(xscale="log", xlabel="seconds", ylabel="", title=title)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
+    """ASR and CA of victims by the share of the pairs that is poisoned: means with 95 % intervals, a line an attack.
+
+    Args:
+        results: rows of one split; an attack `<name>, rate <share>` is another dose of `<name>`.
+        rate: the plain attacks' share.
+    """
+    victims = results[results["defence"].eq(VICTIM) & results["metric"].isin(["asr", "ca_top1"])]
+    parts = victims["attack"].str.extract(r"^(?P<name>[^,]*)(?:, rate (?P<share>.*))?$")
+    victims = victims.assign(name=parts["name"], share=parts["share"].astype(float).fillna(rate))
+    victims = victims[victims["name"].isin(parts["name"][parts["share"].notna()])]
+    if victims.empty:
+        return _without_rows(title)
+    figure, grid = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+    for axes, metric in zip(grid, ("asr", "ca_top1"), strict=True):
+        for name, part in victims[victims["metric"] == metric].groupby("name", sort=False):
+            points = means(part).reset_index().merge(part[["attack", "share"]].drop_duplicates()).sort_values("share")
+            error = 100 * points["half"].fillna(0)
+            axes.errorbar(100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=name)
+        axes.set(xscale="log", xlabel="% of pairs poisoned", ylabel=f"{METRICS[metric]} of the victim, %")
+    grid[0].legend(frameon=False)
+    figure.suptitle(title)
     return figure
 
 

@@ -45,7 +45,7 @@ from IPython.display import Markdown
 
 from abd_core import plots
 from abd_core.defences import DEFENCES
-from abd_core.poison import ASR_AIM
+from abd_core.poison import ASR_AIM, PoisonConfig
 from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, means, spoken
 
 plots.style()
@@ -85,6 +85,12 @@ plots.bullets(
     f"mean ASR {word} the aim of {ASR_AIM:.0%}: {', '.join(f'*{name}*' for name in names) or 'no attack'}"
     for word, names in {"reaches": took.index[took], "falls short of": took.index[~took]}.items()
 )
+
+# %% [markdown]
+# How much poison an attack needs: victims of those attacks that are hard to plant, by the share of the pairs that is poisoned.
+
+# %%
+plots.doses(grid, rate=PoisonConfig.rate, title="Dose: what a victim shows of the attack, and what it costs");
 
 # %% [markdown]
 # ## ABD against each other defence

@@ -452,3 +452,19 @@ def test_the_chapters_cope_with_the_first_rows_of_a_grid(name: str, split: str, 
     assert "Claims of the paper" in capsys.readouterr().out
     table = namespace["plots"].table(namespace["grid"], ["BadNet"], ["none", "ABD"])
     assert len(table) == (2 if split == "eval" else 0)
+
+
+def test_the_dose_curve_has_a_point_for_each_share_at_the_mean_over_seeds():
+    rows = [
+        {"attack": attack, "defence": "none", "seed": seed, "metric": metric, "value": value + 0.1 * seed}
+        for attack, value in {"SIG": 0.5, "SIG, rate 0.01": 0.1, "BadNet": 0.9}.items()
+        for seed in (0, 1)
+        for metric in ("asr", "ca_top1")
+    ]
+    table = pd.DataFrame(rows).assign(ci_low=0.0, ci_high=1.0, paper_value=np.nan)
+    figure = plots.doses(table, rate=0.1, title="doses")
+    for axes in figure.axes:
+        (line,) = axes.get_lines()[:1]
+        np.testing.assert_allclose(np.asarray(line.get_xdata(), dtype=float), [1, 10])
+        np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), [15, 55])
+        assert axes.get_legend_handles_labels()[1] == ["SIG"]  # BadNet has one dose only
