@@ -290,6 +290,7 @@ def test_ctrl_c_ends_the_grid_and_its_kernels_at_once(runs: Path, tmp_path: Path
     )
     startup(tmp_path, monkeypatch, code)
     child = start_python(
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's & has it ignored
         f"import runpy, sys; sys.argv = ['grid', 'small', '--output', {str(tmp_path / 'grid.csv')!r}]\n"
         "runpy.run_module('abd_core.grid', run_name='__main__')"
     )
