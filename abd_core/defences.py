@@ -46,7 +46,7 @@ class Defence(ABC):
         needs_pairs, needs_perturbation, needs_clean_weights: what the stage must hand over besides the victim.
         owns: one line on what the defender must own, upstream stages included.
         settings: the fields of `DefendConfig` that this defence reads and not all others do.
-        lr: its own learning rate, chosen on the development split.
+        lr: its own learning rate.
     """
 
     title: ClassVar[str]
@@ -465,9 +465,7 @@ class DefendConfig(TrainConfig):
     share: float = option(0.5, "share of the pairs that the defender holds, seeded", gt=0, le=1)
     epochs: int = option(3, "passes over the pairs", ge=1)
     batch_size: int = option(64, "pairs a step", ge=2)
-    lr: float = option(
-        0.0, "peak learning rate; 0: the defence's own, chosen on the development split (chapter 5)", ge=0, le=1
-    )
+    lr: float = option(0.0, "peak learning rate; 0: the defence's own", ge=0, le=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
