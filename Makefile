@@ -27,7 +27,7 @@ test: $(VENV)/installed-dev ## Run every check and test
 	    echo "pair in sync? $$notebook"; \
 	    $(BIN)/jupytext --quiet --to py:percent --output - $$notebook | diff -u $${notebook%.ipynb}.py - || exit 1; \
 	done
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
 
 grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
