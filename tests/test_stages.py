@@ -480,6 +480,7 @@ def test_an_adversary_s_loss_that_is_no_number_leaves_no_finished_run(victim: Pa
         {"defence": "par"},
         {"defence": "clean"},
         {"defence": "wise-ft"},
+        {"defence": "abd-d", "search_steps": 2},
         {"defence": "noise-patch"},
         {"defence": "random-erasing"},
         {"defence": "gaussian-noise"},
@@ -503,7 +504,7 @@ def test_each_option_of_the_defender_runs_and_changes_the_model(option: dict, fi
 
 def test_every_defence_is_tested_here():
     controls = {"noise-patch", "random-erasing", "gaussian-noise"}
-    assert set(DEFENCES) == {"abd", "ft", "cleanclip", "roclip", "par", "clean", "wise-ft", *controls}
+    assert set(DEFENCES) == {"abd", "abd-d", "ft", "cleanclip", "roclip", "par", "clean", "wise-ft", *controls}
 
 
 def test_fine_tuning_needs_no_perturbation(victim: Path):
