@@ -419,7 +419,7 @@ DEFENCES: dict[str, type[Defence]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DefendConfig(TrainConfig):
-    """Settings of the defender. Once made, `lr` is the one in force.
+    """Settings of the defender. Once made, `lr` is the one in force, and `replace` keeps it.
 
     Raises:
         ConfigError: a setting that the defence does not read is not at its default, or a smallest exceeds a largest.

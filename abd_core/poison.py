@@ -157,7 +157,9 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             chosen = poisoned[at.indices]
             if chosen.any():
                 source = rng(config.seed, "poison", at.step)
-                replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)
+                replaced = images[chosen]
+                if attack.poisoning == "clean-label":
+                    replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)
                 images[chosen] = trigger.poisoned(images[chosen], replaced, source)
                 if attack.poisoning == "template":
                     templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()

@@ -236,7 +236,7 @@ class LabelConsistent(BadNet):
         self._check("hiding", below=1)
 
     @classmethod
-    def draw(cls, *, hiding: float = 0.5, **settings: Any) -> Self:
+    def draw(cls, *, hiding: float = 0.6, **settings: Any) -> Self:
         patch = BadNet.draw(**settings)
         return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "hiding": hiding})
 
@@ -345,7 +345,7 @@ class WaNet(Trigger):
 
     @classmethod
     def draw(
-        cls, *, resolution: int, target: str, seed: int, points: int = 0, strength: float = 1.0, **settings: Any
+        cls, *, resolution: int, target: str, seed: int, points: int = 0, strength: float = 2.5, **settings: Any
     ) -> Self:
         side = min(points or resolution, resolution)
         pattern = torch.rand(cls.channels, side, side, generator=rng(seed, "trigger", cls.name))

@@ -151,5 +151,5 @@ print(f"Figure: {shown(defended.file('before_after.png'))}")
 # %% [markdown]
 # **What was learnt.** The table says what one run at one seed did to one backdoor. It does not say whether that is luck, or whether the
 # perturbation is what did it. [Chapter 4](04_results) sets all defences beside each other, over seeds and attacks; [chapter 5](05_ablations)
-# takes ABD apart, sets plain noise in the place of its perturbation, and shows how each defence's settings were chosen: on another
+# takes ABD apart, sets plain noise in the place of its perturbation, and has the search for each defence's settings, on another
 # split and other seeds than those that are reported.

@@ -182,10 +182,10 @@ pairs = [*zip(places, noise_places, strict=True), (OURS, "noise patch")]
 plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
 
 # %% [markdown]
-# ## How the settings of each defence were chosen
+# ## The search for the settings of each defence
 #
 # On the split `dev`, whose artwork and seeds are others than those of the results, and for all defences in the same way: a few learning rates
-# each, and of these the one with the lowest ASR among those whose CA is at most five points below the victim's, both averaged over the
+# each, and of these the rule takes the one with the lowest ASR among those whose CA is at most five points below the victim's, both averaged over the
 # attacks. The last column says which one that is in the rows below; a defence that meets the condition nowhere has none.
 
 # %%
@@ -201,6 +201,8 @@ searched["chosen"] = ["yes" if defence in chosen else "" for _, defence in searc
 searched
 
 # %%
+if search.empty:
+    print("No search has been run yet: every defence is at the learning rate that it began with, and none is tuned.")
 plots.matrix(search, settings, tuned_on, title="The search: ASR on dev");
 
 # %% [markdown]
