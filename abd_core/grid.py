@@ -41,7 +41,7 @@ from abd_core.train import progress
 
 # --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
 
-PLACES = {"top left": "top-left", "bottom right": "bottom-right", "centre": "centre"}
+PLACES = {"top left": "top-left", "bottom right": "bottom-right"}
 # One open reading (README) or setting of ABD at a time; the label is "ABD, <reading>".
 READINGS: dict[str, dict[str, Any]] = {
     "additive": {"mode": "additive"},
@@ -61,30 +61,18 @@ READINGS: dict[str, dict[str, Any]] = {
     "frozen BatchNorm": {"batch_norm": "frozen"},
     "share 0.25": {"share": 0.25},
     "share 1": {"share": 1.0},
-    "half the lr": {"lr": defences.ABD.lr / 2},
-    "twice the lr": {"lr": defences.ABD.lr * 2},
-    "half the epochs": {"epochs": max(1, DefendConfig.epochs // 2)},
-    "twice the epochs": {"epochs": DefendConfig.epochs * 2},
+    "1 epoch": {"epochs": 1},
+    "6 epochs": {"epochs": 6},
 }
 # The tuning grid: the same learning rates for every defence that trains, under the label "<defence>, lr <rate>".
-SEARCHED = (
-    "FT",
-    "CleanCLIP",
-    "RoCLIP",
-    "PAR",
-    "ABD",
-    "ABD-D",
-    "ABD-D + T",
-    "random erasing",
-)
-RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3")
+SEARCHED = ("FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "ABD-D", "ABD-D + T", "random erasing")
+RATES = ("5e-4", "1e-3", "2e-3")
 
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
-    "BadNet, centre": {"attack": "badnet", "trigger_position": "centre"},
 }
 DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
-DOSES = (0.01, 0.03, 0.3)
+DOSES = (0.01, 0.03)
 ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
     "I_adv + T": {"defence": "abd", "eda": False},
@@ -135,7 +123,7 @@ GRIDS: dict[str, Grid] = {
     "table1": Grid(PAPER, REGISTERED, range(5)),
     "ablations": Grid(PAPER, ("FT", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
     "controls": Grid(
-        ("BadNet", "BadNet, bottom right", "BadNet, centre"),
+        ("BadNet", "BadNet, bottom right"),
         (
             "FT",
             "ABD",
@@ -148,19 +136,15 @@ GRIDS: dict[str, Grid] = {
         ),
         range(3),
     ),
-    "readings": Grid(("BadNet", "Blended"), ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(3)),
     "zoo": Grid(
         tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER),
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
         range(3),
     ),
     "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
-    "search": Grid(
-        PAPER,
-        tuple(f"{name}, lr {lr}" for name in SEARCHED for lr in RATES),
-        (100, 101),
-        "dev",
-    ),
+    # ABD's defaults are chosen by these two, so they stay away from what is reported.
+    "search": Grid(PAPER, tuple(f"{name}, lr {lr}" for name in SEARCHED for lr in RATES), range(100, 103), "dev"),
+    "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),
     "small": Grid(("BadNet",), ("FT", "ABD"), (0,)),
 }
 
