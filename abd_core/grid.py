@@ -66,7 +66,7 @@ READINGS: dict[str, dict[str, Any]] = {
 }
 # The tuning grid: the same learning rates for every defence that trains, under the label "<defence>, lr <rate>".
 SEARCHED = ("FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "ABD-D", "ABD-D + T", "random erasing")
-RATES = ("5e-4", "1e-3", "2e-3")
+RATES = ("2.5e-4", "5e-4", "1e-3")
 
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
