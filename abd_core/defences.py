@@ -46,7 +46,7 @@ class Defence(ABC):
         needs_pairs, needs_perturbation, needs_clean_weights: what the stage must hand over besides the victim.
         owns: one line on what the defender must own, upstream stages included.
         settings: the fields of `DefendConfig` that this defence reads and not all others do.
-        lr: its own learning rate.
+        lr, batch_norm: its own settings of the loop; chapter 5 has the search for them.
     """
 
     title: ClassVar[str]
@@ -56,6 +56,7 @@ class Defence(ABC):
     owns: ClassVar[str] = "clean pairs"
     settings: ClassVar[tuple[str, ...]] = ()
     lr: ClassVar[float] = 1e-3
+    batch_norm: ClassVar[str] = "train"
 
     def __init__(
         self,
@@ -266,6 +267,7 @@ class Perturbed(FineTuningDefence):
     """CLIP's loss on (perturbed image, EDA(caption)): a subclass says how an image is perturbed."""
 
     settings: ClassVar[tuple[str, ...]] = ("view", "eda")
+    batch_norm = "frozen"  # clean images shall not be normalised with statistics of perturbed ones
 
     @abstractmethod
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
@@ -419,7 +421,7 @@ DEFENCES: dict[str, type[Defence]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DefendConfig(TrainConfig):
-    """Settings of the defender. Once made, `lr` is the one in force, and `replace` keeps it.
+    """Settings of the defender. Once made, `lr` and `batch_norm` are those in force, and `replace` keeps them.
 
     Raises:
         ConfigError: a setting that the defence does not read is not at its default, or a smallest exceeds a largest.
@@ -442,7 +444,7 @@ class DefendConfig(TrainConfig):
         "place of abd's patch: as its file says (noise-patch: random), drawn for each image, or one for all",
         choices=("stored", "random", *CORNERS),
     )
-    perturbed_share: float = option(0.5, "abd-d: share of the batch that is perturbed", ge=0, le=1)
+    perturbed_share: float = option(0.25, "abd-d: share of the batch that is perturbed", ge=0, le=1)
     search_steps: int = option(60, "abd-d: steps of Adam on the perturbations' pixels", ge=1)
     search_lr: float = option(0.1, "abd-d: learning rate of the window's pixels; of the field's: times its bound", gt=0)
     window_low: float = option(1 / 8, "abd-d: smallest side of a window as a share of the image's", gt=0, le=1)
@@ -460,7 +462,9 @@ class DefendConfig(TrainConfig):
     shift_limit: float = option(2.15, "par: squared distance beyond which none is pushed on (2.15)", ge=0, le=4)
     mixing: float = option(0.5, "wise-ft: share of the victim, 0 (the clean weights) to 1 (0.5)", ge=0, le=1)
     batch_norm: str = option(
-        "train", "BatchNorm in fine-tuning: batch statistics, or the victim's", choices=("train", "frozen")
+        "own",
+        "BatchNorm in fine-tuning: statistics of the batch (train), or the victim's (frozen); own: the defence's own",
+        choices=("own", "train", "frozen"),
     )
     share: float = option(0.5, "share of the pairs that the defender holds, seeded", gt=0, le=1)
     epochs: int = option(3, "passes over the pairs", ge=1)
@@ -475,6 +479,8 @@ class DefendConfig(TrainConfig):
                 raise ConfigError(f"DefendConfig.{low} = {getattr(self, low):g}: {allowed}")
         if not self.lr:
             object.__setattr__(self, "lr", DEFENCES[self.defence].lr)
+        if self.batch_norm == "own":
+            object.__setattr__(self, "batch_norm", DEFENCES[self.defence].batch_norm)
 
     @property
     def needs_perturbation(self) -> bool:

@@ -36,7 +36,7 @@ from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.notebook import stage_configs, stage_parameters
 from abd_core.paths import atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
 from abd_core.poison import PoisonConfig, poison
-from abd_core.results import COLUMNS, VICTIM
+from abd_core.results import COLUMNS, CONTROLS, VICTIM
 from abd_core.train import progress
 
 # --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
@@ -58,15 +58,19 @@ READINGS: dict[str, dict[str, Any]] = {
     "tau 0.07": {"tau": 0.07},
     "tau of the victim": {"tau": 0.0},
     "both views": {"view": "both"},
-    "frozen BatchNorm": {"batch_norm": "frozen"},
+    "BatchNorm of the batch": {"batch_norm": "train"},
     "share 0.25": {"share": 0.25},
     "share 1": {"share": 1.0},
     "1 epoch": {"epochs": 1},
     "6 epochs": {"epochs": 6},
 }
-# The tuning grid: the same learning rates for every defence that trains, under the label "<defence>, lr <rate>".
+# The tuning grid: the same settings of the loop for every defence that trains, under the label "<defence>, <setting>".
 SEARCHED = ("FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "ABD-D", "ABD-D + T", "random erasing")
-RATES = ("2.5e-4", "5e-4", "1e-3")
+LOOPS: dict[str, dict[str, Any]] = {
+    f"lr {lr}{name}": {"lr": lr, "batch_norm": kind}
+    for kind, name in {"train": "", "frozen": ", frozen BatchNorm"}.items()
+    for lr in ("2.5e-4", "5e-4", "1e-3")
+}
 
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
@@ -83,7 +87,7 @@ DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, k
 DEFENCES |= {f"ABD, {reading}": {**DEFENCES["ABD"], **changes} for reading, changes in READINGS.items()}
 DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
 DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
-DEFENCES |= {f"{name}, lr {lr}": {**DEFENCES[name], "lr": lr} for name in SEARCHED for lr in RATES}
+DEFENCES |= {f"{name}, {loop}": {**DEFENCES[name], **changes} for name in SEARCHED for loop, changes in LOOPS.items()}
 
 # --- what is run together ---------------------------------------------------------------------------------------------
 
@@ -118,21 +122,16 @@ class Grid:
 
 
 PAPER = ("BadNet", "Blended", "BadCLIP")
-REGISTERED = tuple(kind.title for kind in defences.DEFENCES.values())
+RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
 GRIDS: dict[str, Grid] = {
-    "table1": Grid(PAPER, REGISTERED, range(5)),
+    "table1": Grid(PAPER, RIVALS, range(5)),
     "ablations": Grid(PAPER, ("FT", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
-    "controls": Grid(
+    "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
+    "places": Grid(
         ("BadNet", "BadNet, bottom right"),
         (
-            "FT",
-            "ABD",
-            "ABD-D",
-            *(f"ABD, patch {name}" for name in PLACES),
-            "noise patch",
-            *(f"noise patch, {name}" for name in PLACES),
-            "random erasing",
-            "Gaussian noise",
+            *("FT", "PAR", "ABD", "ABD-D", *CONTROLS),
+            *(f"{name} {place}" for name in ("ABD, patch", "noise patch,") for place in PLACES),
         ),
         range(3),
     ),
@@ -143,7 +142,7 @@ GRIDS: dict[str, Grid] = {
     ),
     "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
-    "search": Grid(PAPER, tuple(f"{name}, lr {lr}" for name in SEARCHED for lr in RATES), range(100, 103), "dev"),
+    "search": Grid(PAPER, tuple(f"{name}, {loop}" for name in SEARCHED for loop in LOOPS), range(100, 103), "dev"),
     "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),
     "small": Grid(("BadNet",), ("FT", "ABD"), (0,)),
 }

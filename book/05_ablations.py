@@ -97,11 +97,12 @@ plots.bullets(claims(backdoor_loss))
 # | its other images $x_i$ | features of the victim | features of the normal encoder |
 # | the temperature | AdvCLIP's | another; the model's own |
 # | perturbed images | in the place of the clean ones | beside them, both views in the batch |
-# | BatchNorm in fine-tuning | statistics of the batch | the victim's, frozen |
+# | BatchNorm in fine-tuning | the victim's statistics, frozen | statistics of the batch |
 #
 # ABD's defaults were chosen by these rows, so they are of the development split, whose artwork and seeds are others than those of all
-# other results. Two of the readings taken are not the literal ones, and for a reason: the paper's figure draws a patch, and a patch at a fixed place
-# may cover the trigger by accident. *ABD, untrained patch* is a control among them: the patch that the generator makes before it has learnt
+# other results. Three of the readings taken are not the literal ones, and for a reason: the paper's figure draws a patch, a patch at a fixed place
+# may cover the trigger by accident, and BatchNorm's statistics of perturbed images are not those of the clean ones that are classified
+# later. *ABD, untrained patch* is a control among them: the patch that the generator makes before it has learnt
 # anything. Positive: higher than ABD as taken here.
 
 # %%

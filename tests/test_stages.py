@@ -488,7 +488,7 @@ def test_an_adversary_s_loss_that_is_no_number_leaves_no_finished_run(victim: Pa
         {"view": "clean"},
         {"eda": False},
         {"patch_place": "centre"},
-        {"batch_norm": "frozen"},
+        {"batch_norm": "train"},
         {"share": 1.0},
         {"lr": 2e-3},
         {"weight_decay": 0.9},
