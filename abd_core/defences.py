@@ -309,6 +309,8 @@ class ABDD(Perturbed):
     """
 
     title = "ABD-D"
+    lr = 5e-4
+    batch_norm = "train"
     needs_clean_weights = True
     owns = "clean pairs; clean weights"
     settings = (

@@ -262,6 +262,16 @@ def test_the_settings_of_the_defences_are_fields_and_all_others_are_common_to_th
     assert FIELDS.keys() - named == {*TrainConfig.names(), "defence", "share", "batch_norm"}
 
 
+@pytest.mark.parametrize("name", DEFENCES)
+def test_a_defence_has_its_own_settings_of_the_loop_unless_others_are_given(name: str):
+    kind, config = DEFENCES[name], DefendConfig(defence=name)
+    assert (config.lr, config.batch_norm) == (kind.lr, kind.batch_norm)
+    other = {"train": "frozen", "frozen": "train"}[kind.batch_norm]
+    given = DefendConfig(defence=name, lr=0.3, batch_norm=other)
+    assert (given.lr, given.batch_norm) == (0.3, other)
+    assert given.replace(seed=1) == DefendConfig(defence=name, lr=0.3, batch_norm=other, seed=1)
+
+
 def test_an_empty_range_of_erased_areas_is_refused():
     with pytest.raises(ConfigError, match=r"DefendConfig\.erase_low = 0\.5: ≤ erase_high = 0\.4 expected"):
         DefendConfig(defence="random-erasing", erase_low=0.5)
