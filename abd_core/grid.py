@@ -79,6 +79,7 @@ DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison
 DOSES = (0.01, 0.03)
 ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
+    "I + T": {"defence": "abd", "view": "clean", "eda": False},  # the paper's FT, with ABD's own settings of the loop
     "I_adv + T": {"defence": "abd", "eda": False},
     "I + T_eda": {"defence": "abd", "view": "clean"},
     "UAP + T": {"defence": "abd", "eda": False, "backdoor_weight": 0.0},  # the paper's Table III: AdvCLIP as it was
@@ -125,7 +126,7 @@ PAPER = ("BadNet", "Blended", "BadCLIP")
 RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
 GRIDS: dict[str, Grid] = {
     "table1": Grid(PAPER, RIVALS, range(5)),
-    "ablations": Grid(PAPER, ("FT", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
+    "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
     "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
     "places": Grid(
         ("BadNet", "BadNet, bottom right"),

@@ -71,7 +71,8 @@ def unpack_wordnet(*, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=".wordnet-", dir=cache) as temporary:
         with tarfile.open(archive) as tar:
-            tar.extractall(temporary, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.0 to 3.11.3 have none
+            tar.extractall(temporary)
         try:
             os.rename(Path(temporary) / "wordnet", folder)
         except OSError:

@@ -58,18 +58,18 @@ def beside(rows: pd.DataFrame, labels: list[str]) -> pd.DataFrame:
 # %% [markdown]
 # ## Table II: images, captions, both, neither
 #
-# *FT* is fine-tuning with nothing added, *I_adv + T* has perturbed images and plain captions, *I + T_eda* plain images and reworded captions,
-# *ABD* both, *none* is the victim.
+# *I + T* is fine-tuning with nothing added: the paper's FT, here with all other settings as in ABD, whereas *FT* in chapter 4 has its own. *I_adv + T*
+# has perturbed images and plain captions, *I + T_eda* plain images and reworded captions, *ABD* both, *none* is the victim.
 
 # %%
-parts = ["FT", "I_adv + T", "I + T_eda"]
+parts = ["I + T", "I_adv + T", "I + T_eda"]
 plots.table(grid, in_paper, [VICTIM, *parts, OURS])
 
 # %% [markdown]
 # What the paper says of these parts, and whether it holds here:
 
 # %%
-added = differences(grid, [("FT", VICTIM), ("I_adv + T", "FT"), ("I + T_eda", "FT"), *[(OURS, part) for part in parts]])
+added = differences(grid, [("I + T", VICTIM), *[(part, "I + T") for part in parts[1:]], *[(OURS, part) for part in parts]])
 plots.bullets(claims(added))
 
 # %% [markdown]

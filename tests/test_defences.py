@@ -631,9 +631,10 @@ def test_abd_and_its_controls_differ_in_the_image_s_perturbation_alone(
 
 
 def test_i_plus_t_eda_needs_no_perturbation_and_without_eda_it_is_fine_tuning(victim: Path):
-    with_eda = run("abd", victim, view="clean")
-    neither = run("abd", victim, view="clean", eda=False)
-    tuned = run("ft", victim)
+    loop = {"lr": 1e-3, "batch_norm": "frozen"}
+    with_eda = run("abd", victim, view="clean", **loop)
+    neither = run("abd", victim, view="clean", eda=False, **loop)
+    tuned = run("ft", victim, **loop)
     assert differing(weights(neither), weights(tuned)) == []
     assert differing(weights(with_eda), weights(tuned))
 

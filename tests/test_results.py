@@ -38,7 +38,7 @@ PAPER = {  # attack -> defence -> (CA, ASR); stand-ins for the paper's
     "BadCLIP": {"none": (0.59, 0.99), "CleanCLIP": (0.54, 0.90), "UAP + T": (0.53, 0.48), "I_adv + T": (0.54, 0.46)},
 }
 DEFENCES = (
-    *("none", "FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "clean weights", "WiSE-FT", "I_adv + T", "I + T_eda"),
+    *("none", "FT", "CleanCLIP", "RoCLIP", "PAR", "ABD", "clean weights", "WiSE-FT", "I + T", "I_adv + T", "I + T_eda"),
     *("UAP + T", "noise patch", "random erasing", "Gaussian noise"),
     *("ABD, patch top left", "noise patch, top left", "Ours, renamed"),
 )
