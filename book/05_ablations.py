@@ -69,7 +69,9 @@ plots.table(grid, in_paper, [VICTIM, *parts, OURS])
 # What the paper says of these parts, and whether it holds here:
 
 # %%
-added = differences(grid, [("I + T", VICTIM), *[(part, "I + T") for part in parts[1:]], *[(OURS, part) for part in parts]])
+added = differences(
+    grid, [("I + T", VICTIM), *[(part, "I + T") for part in parts[1:]], *[(OURS, part) for part in parts]]
+)
 plots.bullets(claims(added))
 
 # %% [markdown]
