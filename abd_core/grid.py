@@ -85,6 +85,8 @@ DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, k
     "UAP + T": {"defence": "abd", "eda": False, "backdoor_weight": 0.0},  # the paper's Table III: AdvCLIP as it was
     "ABD-D + T": {"defence": "abd-d", "eda": False},
 }
+DEFENCES["ABD-D, half of the batch"] = {**DEFENCES["ABD-D"], "perturbed_share": 0.5}
+DEFENCES["ABD-D + T, half of the batch"] = {**DEFENCES["ABD-D + T"], "perturbed_share": 0.5}
 DEFENCES |= {f"ABD, {reading}": {**DEFENCES["ABD"], **changes} for reading, changes in READINGS.items()}
 DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
 DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
@@ -143,7 +145,15 @@ GRIDS: dict[str, Grid] = {
     ),
     "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
-    "search": Grid(PAPER, tuple(f"{name}, {loop}" for name in SEARCHED for loop in LOOPS), range(100, 103), "dev"),
+    "search": Grid(
+        PAPER,
+        (
+            *(f"{name}, {loop}" for name in SEARCHED for loop in LOOPS),
+            *(f"{name}, half of the batch" for name in ("ABD-D", "ABD-D + T")),
+        ),
+        range(100, 103),
+        "dev",
+    ),
     "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),
     "small": Grid(("BadNet",), ("FT", "ABD"), (0,)),
 }

@@ -36,6 +36,8 @@ search = everything[everything["split"] == "dev"]
 import pandas as pd
 
 from abd_core import plots
+from abd_core.defend import DefendConfig
+from abd_core.grid import GRIDS
 from abd_core.results import CONTROLS, VICTIM, claims, differences, findings, means
 
 plots.style()
@@ -101,21 +103,22 @@ plots.bullets(claims(backdoor_loss))
 # | perturbed images | in the place of the clean ones | beside them, both views in the batch |
 # | BatchNorm in fine-tuning | the victim's statistics, frozen | statistics of the batch |
 #
-# ABD's defaults were chosen by these rows, so they are of the development split, whose artwork and seeds are others than those of all
+# Such rows are for the choice of ABD's defaults, so they are of the development split, whose artwork and seeds are others than those of all
 # other results. Three of the readings taken are not the literal ones, and for a reason: the paper's figure draws a patch, a patch at a fixed place
 # may cover the trigger by accident, and BatchNorm's statistics of perturbed images are not those of the clean ones that are classified
 # later. *ABD, untrained patch* is a control among them: the patch that the generator makes before it has learnt
 # anything. Positive: higher than ABD as taken here.
 
 # %%
+loops = variants(search, r"lr\b")
 sweeps = {
     "kind and strength of the perturbation": variants(search, r"additive|patch area|magnitude"),
     "clean pairs of the defender": variants(search, r".*\bshare\b"),
-    "learning rate": variants(search, r".*\blr\b"),
+    "learning rate": [name for name in loops if ("frozen" in name) == (DefendConfig().batch_norm == "frozen")],
     "length of the fine-tuning": variants(search, r".*\bepochs?\b"),
 }
 dosed = [name for labels in sweeps.values() for name in labels]
-readings = [name for name in variants(search, "") if name == f"{OURS}, additive" or name not in dosed]
+readings = [name for name in variants(search, "") if name == f"{OURS}, additive" or name not in [*dosed, *loops]]
 read = differences(search, [(name, OURS) for name in readings])
 plots.forest(read, label="defence", title="One reading changed, minus ABD; 95 % intervals over seeds");
 
@@ -133,7 +136,6 @@ plots.difference_table(read)
 
 # %%
 from abd_core.adversary import AdversaryConfig
-from abd_core.defend import DefendConfig
 
 own = {"patch": f"{AdversaryConfig.magnitude:g} of the area", "share of pairs": DefendConfig.share}
 pd.DataFrame([{**own, "learning rate": DefendConfig().lr, "epochs": DefendConfig.epochs}], index=["ABD"])
@@ -208,8 +210,11 @@ searched["chosen"] = ["yes" if defence in chosen else "" for _, defence in searc
 searched
 
 # %%
-if search.empty:
-    print("No search has been run yet: every defence is at the learning rate that it began with, and none is tuned.")
+measured = set(search[["attack", "defence", "seed"]].itertuples(index=False, name=None))
+for name in ("search", "readings"):
+    cells = GRIDS[name].cells()
+    done = sum((cell.attack, cell.defence, cell.seed) in measured for cell in cells)
+    print(f"Measured of the grid {name!r}: {done} of {len(cells)} cells. Defaults are final once all are.")
 plots.matrix(search, settings, tuned_on, title="The search: ASR on dev");
 
 # %% [markdown]
