@@ -3,14 +3,19 @@
 #     snakemake -c2 --config grids="table1 ablations"                                # here, two jobs at a time
 #     snakemake --profile profiles/slurm --jobs 50 --config grids="table1 ablations" # on Slurm
 #
-# It shares records, runs and table with `make grid`: either goes on where the other one stopped.
+# It shares records, runs and table with `make grid`: either goes on where the other one stopped. Another table than the
+# committed one: `--config grids=table1 table=mine.csv`.
 
+import shlex
 import sys
+from pathlib import Path
 
 from abd_core import grid
 
 GRIDS = config.get("grids", "table1 ablations").split()
-CHAINS = [cell.job().chain() for cell in grid.select(GRIDS)]
+TABLE = Path(config.get("table", grid.default_table()))
+LEFT = grid.undone({cell: cell.job() for cell in grid.select(GRIDS)}, TABLE)
+CHAINS = [job.chain() for job in LEFT.values()]
 JOBS = {job.key: job for chain in CHAINS for job in chain}
 RECORD = str(grid.folder() / "{key}.json")
 RUN = f"{sys.executable} -m abd_core.grid"
@@ -35,7 +40,7 @@ rule table:  # no output: it costs nothing, and other grids' rows in the same fi
     input:
         [str(chain[-1].record) for chain in CHAINS],
     shell:
-        f"{RUN} {' '.join(GRIDS)}"
+        f"{RUN} {' '.join(GRIDS)} --output {shlex.quote(str(TABLE))}"
 
 
 rule victim:

@@ -216,7 +216,10 @@ class Job:
 
     @functools.cached_property
     def key(self) -> str:
-        """Digest of all settings and of everything that is read: other defaults or other data make another job."""
+        """Digest of all settings and of everything that is read: other defaults or other data make another job.
+
+        It is the `run_id` of the table's rows. Machine and versions are not in it: they have columns of their own.
+        """
         stages = {job.stage: job.config.to_dict() for job in self.chain()}
         read = _inputs(self.config.limit, models.clean_weights())
         return digest({"stages": stages, "split": self.split, "inputs": read})[:16]
@@ -263,7 +266,7 @@ class Job:
                 measured = measure(own.file("model.safetensors"), trigger=trigger, config=on_split)
                 metrics = {job.split: measured.metrics}
         environment = read_json(own.file("config.json"))["environment"]
-        record = {"run_id": own.name, "seconds": own.metrics["seconds"], "environment": environment}
+        record = {"run": own.name, "seconds": own.metrics["seconds"], "environment": environment}
         write_json(self.record, {**record, "metrics": metrics})
 
 
@@ -290,6 +293,11 @@ def _inputs(limit: int, clean: Path) -> dict[str, str]:
 METRICS = ("ca_top1", "ca_top5", "asr", "asr_all", "ra")
 
 
+def default_table() -> Path:
+    """The committed table."""
+    return data_dir() / "results" / "grid.csv"
+
+
 def paper_values() -> dict[tuple[str, str, str], float]:
     """(attack, defence, metric) -> the ABD paper's value as a share, from `data/paper.csv`."""
     with (data_dir() / "paper.csv").open(newline="", encoding="utf-8") as f:
@@ -297,10 +305,9 @@ def paper_values() -> dict[tuple[str, str, str], float]:
     return {(row["attack"], row["defence"], row["metric"]): round(float(row["value"]) / 100, 6) for row in rows}
 
 
-def rows(
-    cell: Cell, record: Mapping[str, Any], published: Mapping[tuple[str, str, str], float]
-) -> list[dict[str, Any]]:
-    """The table's rows of a finished cell; values are shares in [0, 1], None where there is none."""
+def rows(cell: Cell, job: Job, published: Mapping[tuple[str, str, str], float]) -> list[dict[str, Any]]:
+    """The table's rows of a cell whose job has a record; values are shares in [0, 1], None where there is none."""
+    record = read_json(job.record)
     made = record["environment"]
     threads = f"{made['threads']} thread" + ("" if made["threads"] == 1 else "s")
     origin = {
@@ -308,7 +315,7 @@ def rows(
         "device": made["device"],
         "versions": ", ".join([*(f"{name} {made[name]}" for name in ("python", "torch", "open_clip")), threads]),
         "git_sha": made["git_sha"],
-        "run_id": record["run_id"],
+        "run_id": job.key,
     }
     return [
         {
@@ -322,30 +329,52 @@ def rows(
     ]
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as f:
+        reader = csv.DictReader(f)
+        table = list(reader)
+    whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
+    if reader.fieldnames != list(COLUMNS) or not whole:
+        raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    return table
+
+
 def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
     """Put the rows of those cells that are done into the table at `path`; other rows in it stay as they are.
+
+    A cell is done that has a record, or whose job has rows in the table, be it under another label.
 
     Raises:
         AbdError: the file there is another kind of table.
     """
-    table: list[dict[str, Any]] = []
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            table = list(reader)
-        whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
-        if reader.fieldnames != list(COLUMNS) or not whole:
-            raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    table: list[dict[str, Any]] = list(read_table(path))
+    stored: dict[str, dict[str, dict[str, Any]]] = {}  # run_id -> metric -> row
+    for row in table:
+        stored.setdefault(row["run_id"], {})[row["metric"]] = row
     published = paper_values()
     for cell, job in jobs.items():
         if job.record.exists():
-            table += rows(cell, read_json(job.record), published)
+            table += rows(cell, job, published)
+        else:
+            labels = dataclasses.asdict(cell)
+            for metric, row in stored.get(job.key, {}).items():
+                paper = published.get((cell.attack, cell.defence, metric), "")
+                table.append({**row, **labels, "paper_value": paper})
     latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows(latest[key] for key in sorted(latest))
+
+
+def undone(jobs: Mapping[Cell, Job], path: Path) -> dict[Cell, Job]:
+    """Those cells that have neither a record nor rows in the table at `path`."""
+    stored = {row["run_id"] for row in read_table(path)}
+    return {cell: job for cell, job in jobs.items() if job.key not in stored and not job.record.exists()}
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -368,14 +397,15 @@ def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None
         ConfigError: a cell's labels or parameters are not allowed; nothing has been run then.
     """
     jobs = {cell: cell.job() for cell in cells}
-    output = output or data_dir() / "results" / "grid.csv"
+    output = output or default_table()
+    left = undone(jobs, output)
     missing: dict[Job, Cell] = {}  # and the first cell that needs it
-    for cell, job in jobs.items():
-        if not job.record.exists():
-            for part in job.chain():
-                if not part.record.exists():
-                    missing.setdefault(part, cell)
-    total = len({part for job in jobs.values() for part in job.chain()})
+    for cell, job in left.items():
+        for part in job.chain():
+            if not part.record.exists():
+                missing.setdefault(part, cell)
+    finished = {job for cell, job in jobs.items() if cell not in left}
+    total = len(missing.keys() | finished)
     use_cores(processes)
     write_table(output, jobs)
     failed: dict[Job, str] = {}
@@ -471,11 +501,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given.grids or given.processes < 1:
         parser.error("at least one grid" if not given.grids else f"--processes {given.processes}: >= 1 expected")
     cells = select(given.grids, attacks=given.attacks, defences=given.defences, seeds=given.seeds)
-    failures = run(cells, processes=given.processes, output=given.output)
+    output = given.output or default_table()
+    failures = run(cells, processes=given.processes, output=output)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
-    done = sum(cell.job().record.exists() for cell in cells)
-    print(f"{done} of {len(cells)} cells are done: {shown(given.output or data_dir() / 'results' / 'grid.csv')}")
+    left = undone({cell: cell.job() for cell in cells}, output)
+    print(f"{len(cells) - len(left)} of {len(cells)} cells are done: {shown(output)}")
     return 1 if failures else 0
 
 

@@ -22,7 +22,7 @@ from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
-from abd_core.grid import ATTACKS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Grid, Job, JobError
+from abd_core.grid import ATTACKS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Cell, Grid, Job, JobError
 from abd_core.notebook import stage_configs, stage_parameters
 from abd_core.poison import poison
 from abd_core.results import COLUMNS
@@ -80,7 +80,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...] = ()) -> list
         rate = {"value": 0.5, "n": 4, "ci_low": 0.25, "ci_high": 0.75}
         metrics = {split: dict.fromkeys(grid.METRICS, rate) for split in SEEDS}
         made = {"python": "3", "torch": "2", "open_clip": "3", "threads": 1, "device": "CPU", "git_sha": None}
-        record = {"run_id": job.key, "seconds": None, "environment": made, "metrics": metrics}
+        record = {"run": "", "seconds": None, "environment": made, "metrics": metrics}
         paths.write_json(job.record, record)
 
     monkeypatch.setattr(Job, "execute", execute)
@@ -189,6 +189,32 @@ def test_what_is_done_is_not_run_again_and_another_default_is(runs: Path, tmp_pa
     assert read(tmp_path / "grid.csv") != table and len(read(tmp_path / "grid.csv")) == len(table)
 
 
+def test_a_table_alone_says_what_is_done_under_whatever_label(runs: Path, tmp_path: Path, monkeypatch):
+    """As in a fresh clone, which has the committed table and no records."""
+    fake(monkeypatch)
+    grid.run(grid.select(["small"]), output=tmp_path / "grid.csv")
+    table = read(tmp_path / "grid.csv")
+    monkeypatch.setenv("ABD_RUNS", str(tmp_path / "none yet"))
+    tried = fake(monkeypatch)
+    grid.run(grid.select(["small"]), output=tmp_path / "grid.csv")
+    assert not tried and read(tmp_path / "grid.csv") == table
+    monkeypatch.setitem(DEFENCES, "fine-tuning", DEFENCES["FT"])
+    monkeypatch.setitem(DEFENCES, "slower", {**DEFENCES["FT"], "lr": 1e-5})
+    grid.run(Grid(("BadNet",), ("fine-tuning", "slower"), (0,)).cells(), output=tmp_path / "grid.csv")
+    assert [job.stage for job in tried] == ["poison", "defend"] and tried[1].config.lr == 1e-5
+    copied = [{**row, "defence": "FT"} for row in read(tmp_path / "grid.csv") if row["defence"] == "fine-tuning"]
+    assert copied == [{**row, "paper_value": ""} for row in table if row["defence"] == "FT"]
+
+
+def test_the_committed_table_is_of_the_present_settings_and_data():
+    rows = read(grid.default_table())
+    assert rows
+    for cell, run_id in {
+        Cell(r["attack"], r["defence"], int(r["seed"]), r["split"]): r["run_id"] for r in rows
+    }.items():
+        assert cell.job().key == run_id, f"{cell}: measured with other settings or data: measure it again"
+
+
 def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: Path, tmp_path: Path, monkeypatch):
     tried = fake(monkeypatch, failing=("BadNet, ABD, seed 0", "Blended, seed 1"))
     cells = grid.select(["table1"], attacks=["BadNet", "Blended"], defences=["FT", "ABD"], seeds=[0, 1])
@@ -275,7 +301,11 @@ def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_s
         for metric in grid.METRICS:
             (row,) = [row for row in table if row["defence"] == cell.defence and row["metric"] == metric]
             assert {name: float(row[name]) for name in ("value", "n", "ci_low", "ci_high")} == metrics[metric]
-            assert row["run_id"] == own.name and row["versions"].endswith(", 1 thread") and float(row["seconds"]) >= 0
+            assert (
+                row["run_id"] == cell.job().key
+                and row["versions"].endswith(", 1 thread")
+                and float(row["seconds"]) >= 0
+            )
 
 
 @pytest.mark.slow
@@ -315,7 +345,13 @@ def test_ctrl_c_ends_the_grid_and_its_kernels_at_once(runs: Path, tmp_path: Path
 def test_snakemake_plans_the_same_jobs_for_slurm(runs: Path, tmp_path: Path):
     """A dry run needs no Slurm: it stops short of the executor, whose settings it has read by then."""
     snakemake = [sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--dry-run", "--quiet", "rules"]
-    options = ["--profile", ROOT / "profiles" / "slurm", "--config", "grids=small ablations"]
+    options = [
+        "--profile",
+        ROOT / "profiles" / "slurm",
+        "--config",
+        "grids=small ablations",
+        f"table={tmp_path / 'grid.csv'}",
+    ]
     made = subprocess.run(
         [*snakemake, *options],
         cwd=tmp_path,
