@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -383,8 +383,8 @@ def undone(jobs: Mapping[Cell, Job], path: Path) -> dict[Cell, Job]:
 def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None) -> list[str]:
     """Make what is missing of `cells`, and put the rows of all that are done into the table at `output`.
 
-    Victims come first, then perturbations, then defences, so that no two notebooks make the same thing. A job that
-    fails leaves out what stands on it; the others go on.
+    A job starts once what it stands on is there, so that no two notebooks make the same thing. One that fails leaves
+    out what stands on it; the others go on.
 
     Args:
         processes: notebooks at a time, each with its share of the cores, or with `OMP_NUM_THREADS` where that is set.
@@ -408,22 +408,26 @@ def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None
     total = len(missing.keys() | finished)
     use_cores(processes)
     write_table(output, jobs)
-    failed: dict[Job, str] = {}
+    todo, failed, running = dict(missing), dict[Job, str](), dict[Future[None], Job]()
     pool = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
     with progress(stage="grid", total=total, initial=total - len(missing), unit="job") as bar:
         try:
-            for stage in STAGES:
-                phase = {job: cell for job, cell in missing.items() if job.stage == stage}
-                failed |= {job: "" for job in phase if job.base in failed}
-                waiting = {pool.submit(job.execute, title(job, phase[job])): job for job in phase if job not in failed}
-                for future in as_completed(waiting):
+            while todo or running:
+                unfinished = {*todo, *running.values()}
+                for job in [job for job in todo if job.base not in unfinished]:
+                    cell = todo.pop(job)
+                    if job.base in failed:
+                        failed[job] = ""
+                    else:
+                        running[pool.submit(job.execute, title(job, cell))] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
                     try:
                         future.result()
-                        waiting[future].collect()
+                        job.collect()
                         write_table(output, jobs)
                     except AbdError as error:
-                        job = waiting[future]
-                        failed[job] = f"{NOTEBOOKS[stage]} of {title(job, missing[job])}: {error}"
+                        failed[job] = f"{NOTEBOOKS[job.stage]} of {title(job, missing[job])}: {error}"
                     bar.update()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
