@@ -341,7 +341,8 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
     """Put the rows of those cells that are done into the table at `path`; other rows in it stay as they are.
 
-    A cell is done that has a record, or whose job has rows in the table, be it under another label.
+    A cell is done whose job has rows in the table, be it under another label, or a record. The rows of a job that is
+    measured again stay the first ones, because other rows were compared with them.
 
     Raises:
         AbdError: the file there is another kind of table.
@@ -352,13 +353,13 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
         stored.setdefault(row["run_id"], {})[row["metric"]] = row
     published = paper_values()
     for cell, job in jobs.items():
-        if job.record.exists():
-            table += rows(cell, job, published)
-        else:
+        if job.key in stored:  # also where a victim was made again, perhaps on another machine, for a further defence
             labels = dataclasses.asdict(cell)
-            for metric, row in stored.get(job.key, {}).items():
+            for metric, row in stored[job.key].items():
                 paper = published.get((cell.attack, cell.defence, metric), "")
                 table.append({**row, **labels, "paper_value": paper})
+        elif job.record.exists():
+            table += rows(cell, job, published)
     latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:

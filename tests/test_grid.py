@@ -360,19 +360,36 @@ def test_snakemake_plans_the_same_jobs_for_slurm(runs: Path, tmp_path: Path):
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_other_cells_stay_and_rows_of_the_same_cell_are_replaced(runs: Path, tmp_path: Path, monkeypatch):
+def test_rows_of_other_cells_stay_and_a_row_of_other_settings_is_replaced(runs: Path, tmp_path: Path, monkeypatch):
     fake(monkeypatch)
     output = tmp_path / "new" / "grid.csv"
     grid.run(grid.select(["small"]), output=output)
     table = read(output)
-    first, other = table[0], {**table[0], "attack": "BadNet 2", "value": "0.12300000000000001", "seed": "10"}
+    first, other = (
+        table[0],
+        {**table[0], "attack": "BadNet 2", "value": "0.12300000000000001", "seed": "10", "run_id": "mine"},
+    )
     with output.open("w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()
-        writer.writerows([other, {**first, "value": "0.9"}])
+        writer.writerows([other, {**first, "value": "0.9", "run_id": "of another default"}])
     grid.run(grid.select(["small"]), output=output)
     assert [row for row in read(output) if row["attack"] == "BadNet 2"] == [other]
     assert [row for row in read(output) if row["attack"] != "BadNet 2"] == table
+
+
+def test_a_victim_made_again_for_a_further_defence_keeps_its_first_rows(runs: Path, tmp_path: Path, monkeypatch):
+    fake(monkeypatch)
+    output = tmp_path / "grid.csv"
+    grid.run(grid.select(["small"]), output=output)
+    elsewhere = [{**row, "device": "another machine"} for row in read(output) if row["defence"] == "none"]
+    with output.open("w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(elsewhere)
+    grid.run(grid.select(["small"]), output=output)
+    assert [row for row in read(output) if row["defence"] == "none"] == elsewhere
+    assert {row["defence"] for row in read(output)} == {"none", "FT", "ABD"}
 
 
 @pytest.mark.parametrize(
