@@ -12,7 +12,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import open_clip
 import torch
@@ -170,7 +170,8 @@ class CleanCLIP(FineTuningDefence):
     """CleanCLIP (Bansal et al. 2023): CLIP's loss + `in_modal_weight` (1 in their code) * the in-modal loss.
 
     Images are augmented by AutoAugment, captions by EDA; plain and augmented ones go through the encoder in one batch,
-    so that BatchNorm sees both where it is trained (as published; here it is frozen, which keeps more CA). Published: lr 1e-5, batch 64, 10 epochs, 50 warm-up steps, 100K pairs.
+    so that BatchNorm sees both where it is trained (as published; frozen, it keeps more CA here). Published: lr 1e-5,
+    batch 64, 10 epochs, 50 warm-up steps, 100K pairs.
     """
 
     title = "CleanCLIP"
@@ -427,7 +428,7 @@ DEFENCES: dict[str, type[Defence]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class DefendConfig(TrainConfig):
-    """Settings of the defender. Once made, `lr` and `batch_norm` are those in force, and `replace` keeps them.
+    """Settings of the defender. Once made, `lr` and `batch_norm` are those in force.
 
     Raises:
         ConfigError: a setting that the defence does not read is not at its default, or a smallest exceeds a largest.
@@ -487,6 +488,12 @@ class DefendConfig(TrainConfig):
             object.__setattr__(self, "lr", DEFENCES[self.defence].lr)
         if self.batch_norm == "own":
             object.__setattr__(self, "batch_norm", DEFENCES[self.defence].batch_norm)
+
+    def replace(self, **changes: Any) -> Self:
+        """A changed copy; another defence has its own `lr` and `batch_norm`, unless they are among the changes."""
+        if changes.get("defence", self.defence) != self.defence:
+            changes = {"lr": 0.0, "batch_norm": "own", **changes}
+        return super().replace(**changes)
 
     @property
     def needs_perturbation(self) -> bool:

@@ -615,6 +615,16 @@ def perturbed(bench: Bench, at: Step) -> torch.Tensor:
     return clean
 
 
+@pytest.mark.parametrize("name", DEFENCES)
+@pytest.mark.parametrize("first", ["abd", "ft"])
+def test_another_defence_in_a_copy_has_its_own_learning_rate_and_batch_norm(first: str, name: str):
+    own = DefendConfig(defence=name)
+    assert DefendConfig(defence=first).replace(defence=name) == own
+    assert (own.lr, own.batch_norm) == (DEFENCES[name].lr, DEFENCES[name].batch_norm)
+    changed = DefendConfig(defence=first, lr=2e-3).replace(seed=1)
+    assert changed.lr == 2e-3 and DefendConfig(defence=first).replace(defence="par", lr=3e-3).lr == 3e-3
+
+
 @pytest.mark.parametrize("view", ["replace", "both", "clean"])
 @pytest.mark.parametrize("eda", [True, False])
 @pytest.mark.parametrize("name", ["abd", "noise-patch", "random-erasing", "gaussian-noise"])
