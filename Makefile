@@ -7,10 +7,10 @@ GRIDS ?= table1 ablations
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test grid lab notebooks book data clean
+.PHONY: help demo test test-gpu bench grid lab notebooks book data clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  The environment is made in $(VENV) by $(PYTHON); choose another with PYTHON=python3.12."
 
 demo: $(VENV)/installed ## Poison a CLIP, defend it with ABD, print clean accuracy and attack success before and after
@@ -29,6 +29,15 @@ test: $(VENV)/installed-dev ## Run every check and test
 	done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
+	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py
+	if command -v compute-sanitizer > /dev/null; then \
+	    compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py -k "whole_matrix and clip"; \
+	fi
+
+bench: $(VENV)/installed ## Time kernels and training steps on this machine into benchmarks/results.csv
+	for script in infonce perturb steps; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
 	$(BIN)/python -m abd_core.grid $(GRIDS) --processes $(PROCESSES)

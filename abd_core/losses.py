@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-
-def info_nce(queries: torch.Tensor, keys: torch.Tensor, *, scale: torch.Tensor | float) -> torch.Tensor:
-    """InfoNCE in one direction: mean over i of -log softmax_j(scale * <q_i, k_j>) at j = i.
-
-    van den Oord et al. 2018, "Representation Learning with Contrastive Predictive Coding", Eq. (4).
-
-    Args:
-        queries, keys: (B, D); row i of both belong together.
-        scale: inverse temperature, > 0.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
-    if queries.shape != keys.shape:
-        raise ValueError(f"info_nce: queries {tuple(queries.shape)} and keys {tuple(keys.shape)} must have one shape")
-    return F.cross_entropy(scale * queries @ keys.T, torch.arange(len(queries), device=queries.device))
+from abd_core.kernels.infonce import info_nce
 
 
 def clip_loss(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor | float) -> torch.Tensor:
@@ -29,7 +17,62 @@ def clip_loss(image: torch.Tensor, text: torch.Tensor, logit_scale: torch.Tensor
     Args:
         logit_scale: the multiplier itself (`model.logit_scale.exp()`), as open_clip's `ClipLoss` takes it.
     """
-    return (info_nce(image, text, scale=logit_scale) + info_nce(text, image, scale=logit_scale)) / 2
+    return info_nce(image, text, logit_scale, weights=(0.5, 0.5))
+
+
+class ClipLoss(torch.nn.Module):
+    """`clip_loss` called like open_clip's `ClipLoss`; over several ranks, the loss of all their pairs together.
+
+    Each rank compares its own images and texts with everybody's, and its gradients reach the features of all. Its loss
+    is the mean over its own pairs, so that the mean over ranks, which DistributedDataParallel takes of the gradients,
+    is the loss of the joint batch and its exact gradient.
+
+    Args:
+        rank, world_size: of this process in torch.distributed's default group.
+    """
+
+    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+
+    def forward(
+        self,
+        image_features: torch.Tensor,
+        text_features: torch.Tensor,
+        logit_scale: torch.Tensor | float,
+        logit_bias: torch.Tensor | None = None,
+        output_dict: bool = False,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """The loss, or {"contrastive_loss": loss}.
+
+        Args:
+            image_features, text_features: (B, D), with the same B on every rank.
+            logit_bias: moves all logits alike, which a softmax does not see.
+        """
+        if self.world_size == 1:
+            loss = clip_loss(image_features, text_features, logit_scale)
+        else:
+            offset = self.rank * len(image_features)
+            images, texts = _Gather.apply(image_features), _Gather.apply(text_features)
+            forth = info_nce(image_features, texts, logit_scale, offset=offset)
+            loss = (forth + info_nce(text_features, images, logit_scale, offset=offset)) / 2
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+class _Gather(torch.autograd.Function):
+    """Features (B, D) of all ranks, (world * B, D); each rank's gradient is the sum of what all ranks have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
+        everybody = features.new_empty(dist.get_world_size() * len(features), *features.shape[1:])
+        dist.all_gather_into_tensor(everybody, features.contiguous())
+        return everybody
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        own = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
+        dist.reduce_scatter_tensor(own, grad.contiguous())
+        return own
 
 
 def in_modal_loss(
@@ -43,8 +86,8 @@ def in_modal_loss(
 
     One direction in each, as in the code of Bansal et al. 2023.
     """
-    image_term = info_nce(image, augmented_image, scale=logit_scale)
-    return (image_term + info_nce(text, augmented_text, scale=logit_scale)) / 2
+    image_term = info_nce(image, augmented_image, logit_scale)
+    return (image_term + info_nce(text, augmented_text, logit_scale)) / 2
 
 
 def nearest(queries: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
@@ -74,12 +117,8 @@ def backdoor_loss(
             e.g. the other images' x.
     """
     if negatives is None:
-        return info_nce(clean, victim, scale=1 / tau)
-    positive = (clean * victim).sum(-1, keepdim=True)
-    others = clean @ negatives.T
-    diagonal = torch.eye(len(clean), dtype=torch.bool, device=clean.device)
-    logits = torch.where(diagonal, positive, others) / tau
-    return F.cross_entropy(logits, torch.arange(len(clean), device=clean.device))
+        return info_nce(clean, victim, 1 / tau)
+    return info_nce(clean, negatives, 1 / tau, positives=victim)
 
 
 def adversarial_loss(
@@ -94,8 +133,8 @@ def adversarial_loss(
 
     Minimised by adversarial features that leave their own image and their own caption (Zhou et al. 2023, Eq. (3)).
     """
-    image_term = info_nce(clean_image, adversarial_image, scale=1 / tau)
-    return -image_term - text_weight * info_nce(adversarial_image, text, scale=1 / tau)
+    image_term = info_nce(clean_image, adversarial_image, 1 / tau)
+    return -image_term - text_weight * info_nce(adversarial_image, text, 1 / tau)
 
 
 def neighbour_graph_divergence(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abd_core.config import unknown
+from abd_core.kernels.perturb import perturb
 from abd_core.paths import RunError, atomic, data_dir
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
+NORMALISATION = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 EMBEDDED = "emoji-rn14"  # the embedded benchmark's architecture, abd_core/model_configs/emoji-rn14.json
 
 
@@ -114,12 +116,12 @@ def resolution(model: open_clip.CLIP) -> int:
 
 
 def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
-    """Unit image features, float32 (B, D), of images (B, 3, H, W) in [0, 1]; normalises with CLIP's mean and std."""
+    """Unit image features, float32 (B, D), of images (B, 3, H, W), floats in [0, 1] or uint8; normalised as CLIP's."""
     images = images.to(next(model.parameters()).device)
-    mean = images.new_tensor(OPENAI_DATASET_MEAN).view(3, 1, 1)
-    std = images.new_tensor(OPENAI_DATASET_STD).view(3, 1, 1)
+    kind = images.device.type
     with autocast(images.device):
-        features = model.encode_image(((images - mean) / std).contiguous(memory_format=torch.channels_last))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        features = model.encode_image(perturb(images, normalise=NORMALISATION, dtype=dtype, channels_last=True))
     return torch.nn.functional.normalize(features.float(), dim=-1)
 
 

@@ -13,9 +13,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import open_clip
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, and open_clip imports it
+
+import open_clip
 
 from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
 from abd_core.config import Config
@@ -44,6 +48,13 @@ def write_stand_in(path: Path, *, seed: int) -> Path:
     """A freshly initialised CLIP of the stand-in's architecture."""
     models.save(models.build(ARCHITECTURE, seed=seed), path, name=ARCHITECTURE, half=True)
     return path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -118,7 +118,7 @@ def test_the_clip_loss_is_open_clip_s_with_its_gradients(scale: float):
         return [value.detach(), *(x.grad for x in inputs)]
 
     for ours, theirs in zip(gradients(losses.clip_loss), gradients(open_clip.ClipLoss()), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 
 
 @pytest.mark.parametrize(
@@ -194,10 +194,6 @@ def test_losses_of_features_without_neighbours_stay_finite():
         assert torch.isfinite(value)
 
 
-@pytest.mark.parametrize(("batch", "dim"), [(B - 1, D), (B, D + 1), (1, D)])
-def test_features_of_two_shapes_are_refused(batch: int, dim: int):
-    other = torch.zeros(batch, dim, dtype=torch.float64)
-    message = rf"queries \({B}, {D}\) and keys \({batch}, {dim}\) must have one shape"
-    for loss in (lambda: losses.info_nce(X, other, scale=1.0), lambda: losses.clip_loss(X, other, 1.0)):
-        with pytest.raises(ValueError, match=message):
-            loss()
+def test_more_texts_than_images_are_refused():
+    with pytest.raises(ValueError, match="both directions need as many keys as queries, not 8 and 7"):
+        losses.clip_loss(X, unit(1, B + 1), 1.0)

@@ -1,41 +1,117 @@
-"""Putting patterns on batches of images: a patch at a place of each image's own, addition, blending; warping them."""
+"""Patterns on batches of images, and the way to the encoder: painted, clamped, normalised and cast in one pass.
+
+`perturb` is the general form; `paste`, `add` and `blend` are what it is for. `warp` is for triggers that move pixels.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
+from abd_core.kernels.dispatch import choose
 
-def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-    """Images with `patch` pasted over; a new tensor, differentiable in both.
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation a channel
+
+
+def perturb(
+    images: torch.Tensor,
+    patterns: torch.Tensor | None = None,
+    *,
+    choice: torch.Tensor | None = None,
+    keep: torch.Tensor | float = 0.0,
+    gain: torch.Tensor | float = 1.0,
+    top: torch.Tensor | int = 0,
+    left: torch.Tensor | int = 0,
+    normalise: Normalisation | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Images with a pattern each, as the encoder wants them: ((keep * x + gain * pattern) in [0, 1] - mean) / std.
+
+    Outside of its pattern an image is left as it is, but for clamping and normalising. Differentiable once in images
+    and patterns, with torch's rule for `clamp`: the gradient passes where a value is in [0, 1]. The gradient of a
+    pattern is summed over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
-        images: (B, C, H, W).
-        patch: (C, h, w).
-        top, left: int64 (B,), the patch's upper left corner in each image, in pixels.
+        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
+        patterns: (P, C, h, w), floating point; None: no image gets one.
+        choice: int64 (B,), each image's pattern, or -1 for none. None: the only one there is.
+        keep, gain: of a pattern, (P,) or one number for all. (0, 1) pastes, (1, 1) adds, (1 - a, a) blends.
+        top, left: int64 (B,) or one number for all, the upper left corner of the pattern in pixels.
+        normalise: (mean, standard deviation), a number a channel; None: not normalised.
+        dtype: of the result; None: the images' own, float32 for uint8.
+        channels_last: the memory format of the result; not channels_last: contiguous.
+        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
 
     Raises:
-        ValueError: a patch would leave its image.
+        ValueError: shapes, places or `impl` do not fit.
     """
-    batch, _, height, width = images.shape
-    _, h, w = patch.shape
-    if (top < 0).any() or (left < 0).any() or (top > height - h).any() or (left > width - w).any():
-        raise ValueError(f"paste: a {h}x{w} patch leaves its {height}x{width} image")
-    row = (top[:, None] + torch.arange(h)).to(images.device)[:, :, None]  # (B, h, 1)
-    column = (left[:, None] + torch.arange(w)).to(images.device)[:, None, :]  # (B, 1, w)
-    sample = torch.arange(batch, device=images.device)[:, None, None]
-    pixels = patch.to(images).permute(1, 2, 0).expand(batch, h, w, -1)
-    return images.permute(0, 2, 3, 1).index_put((sample, row, column), pixels).permute(0, 3, 1, 2)
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"perturb: (B, C, H, W) of floats or uint8 expected, not {tuple(images.shape)} {images.dtype}")
+    batch, channels, height, width = images.shape
+    dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    if normalise is not None and not len(normalise[0]) == len(normalise[1]) == channels:
+        raise ValueError(f"perturb: mean and standard deviation of {channels} channels expected")
+    if patterns is None:
+        patterns = images.new_empty((0, channels, 1, 1), dtype=torch.float32)
+    count, _, h, w = patterns.shape
+    if patterns.shape[1] != channels or h > height or w > width:
+        raise ValueError(f"perturb: {tuple(patterns.shape)} patterns for {tuple(images.shape)} images")
+    if choice is None:
+        if count > 1:
+            raise ValueError(f"perturb: which of {count} patterns goes to which image?")
+        choice = torch.full((batch,), count - 1)
+    # Places are drawn on the CPU, where looking at them costs no wait for the device.
+    places = [_each(value, batch, "a place", torch.int64) for value in (choice, top, left)]
+    if count and (
+        any((place < 0).any() for place in places[1:])
+        or (places[1] > height - h).any()
+        or (places[2] > width - w).any()
+    ):
+        raise ValueError(f"perturb: a {h}x{w} pattern leaves its {height}x{width} image")
+    if (places[0] < -1).any() or (places[0] >= count).any():
+        raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
+    work = torch.float64 if images.dtype == torch.float64 else torch.float32
+    weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
+    mean, std = ([*map(float, values)] for values in normalise or ((), ()))
+    return _op(
+        images,
+        patterns.to(images.device, work),
+        torch.stack(places).to(images.device),
+        weights.to(images.device),
+        mean,
+        std,
+        dtype,
+        channels_last,
+        choose(impl, images),
+    )
+
+
+def _each(value: torch.Tensor | float, count: int, what: str, dtype: torch.dtype) -> torch.Tensor:
+    """One value for each of so many."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full((count,), value, dtype=dtype)
+    if value.shape != (count,):
+        raise ValueError(f"perturb: {what} for each of {count} expected, not {tuple(value.shape)}")
+    return value.to(dtype)
+
+
+def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] with `patch` (C, h, w) pasted over at (`top`, `left`), int64 (B,), in pixels."""
+    return perturb(images, patch[None], top=top, left=left)
 
 
 def add(images: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """images (B, C, H, W) + delta (C, H, W), clamped to [0, 1]."""
-    return (images + delta.to(images)).clamp(0, 1)
+    return perturb(images, delta[None], keep=1.0)
 
 
 def blend(images: torch.Tensor, pattern: torch.Tensor, alpha: float) -> torch.Tensor:
-    """(1 - alpha) * images (B, C, H, W) + alpha * pattern (C, H, W); in [0, 1] where both are."""
-    return torch.lerp(images, pattern.to(images).expand_as(images), alpha)
+    """(1 - alpha) * images (B, C, H, W) + alpha * pattern (C, H, W), both in [0, 1]."""
+    return perturb(images, pattern[None], keep=1 - alpha, gain=alpha)
 
 
 def warp(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
@@ -53,3 +129,144 @@ def warp(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
     return F.grid_sample(
         images, grid.expand(batch, -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True
     )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("abd_core::perturb", mutates_args=())
+def _op(
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+    impl: str,
+) -> torch.Tensor:
+    """`perturb` with choice, top and left as the rows of `places`, keep and gain as those of `weights`."""
+    if impl == "triton":
+        from abd_core.kernels.perturb_triton import forward  # not installed everywhere
+
+        return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
+    x = _floats(images, patterns.dtype)
+    window, painted, _, _ = _painted(x, patterns, places, weights)
+    if window is not None:
+        x = x.permute(0, 2, 3, 1).index_put(window, painted).permute(0, 3, 1, 2).clamp_(0, 1)
+    else:
+        x = painted.clamp(0, 1)
+    if mean:
+        x = x.sub_(_channels(mean, x)).div_(_channels(std, x))
+    return x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@_op.register_fake
+def _(images, patterns, places, weights, mean, std, dtype, channels_last, impl):  # type: ignore[no-untyped-def]
+    shape = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(images, dtype=dtype, memory_format=shape)
+
+
+@torch.library.custom_op("abd_core::perturb_backward", mutates_args=())
+def _backward_op(
+    grad: torch.Tensor,
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    std: list[float],
+    needed: list[bool],
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of images, in their dtype, and of patterns; empty where not `needed`."""
+    if impl == "triton":
+        from abd_core.kernels.perturb_triton import backward  # not installed everywhere
+
+        return backward(grad, images, patterns, places, weights, std, needed)
+    x = _floats(images, patterns.dtype)
+    window, painted, keep, gain = _painted(x, patterns, places, weights)
+    grad = grad.to(patterns.dtype)
+    if std:
+        grad = grad / _channels(std, grad)
+    inside = (painted >= 0) & (painted <= 1)
+    if window is None:
+        through = grad * inside
+        of_images = through * keep
+    else:
+        through = grad.permute(0, 2, 3, 1)[window] * inside
+        of_images = (grad * ((x >= 0) & (x <= 1))).permute(0, 2, 3, 1)
+        of_images = of_images.index_put(window, through * keep).permute(0, 3, 1, 2)
+    through = through * gain
+    choice = places[0]
+    sums = [through[choice == i].sum(0) for i in range(len(patterns))]  # in a fixed order, which index_add has not
+    of_patterns = torch.stack(sums) if sums else torch.zeros_like(patterns)
+    if window is not None and sums:
+        of_patterns = of_patterns.permute(0, 3, 1, 2)
+    return (
+        of_images.to(images.dtype, copy=True) if needed[0] else grad.new_empty(0),
+        of_patterns.contiguous() if needed[1] else grad.new_empty(0),
+    )
+
+
+@_backward_op.register_fake
+def _(grad, images, patterns, places, weights, std, needed, impl):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(images) if needed[0] else patterns.new_empty(0),
+        torch.empty_like(patterns) if needed[1] else patterns.new_empty(0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.std, ctx.impl = inputs[5], inputs[8]
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+    needed = [*ctx.needs_input_grad[:2]]
+    images, patterns = _backward_op(grad, *ctx.saved_tensors, ctx.std, needed, ctx.impl)
+    return (images if needed[0] else None, patterns if needed[1] else None, *[None] * 7)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+# --- in torch ---------------------------------------------------------------------------------------------------------
+
+
+def _floats(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def _channels(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return like.new_tensor(values).view(-1, 1, 1)
+
+
+def _painted(
+    x: torch.Tensor, patterns: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What lies in the patterns' windows before it is clamped, and each image's keep and gain.
+
+    Returns:
+        The windows' index into (B, H, W, C), and their pixels (B, h, w, C). For patterns of the whole image None, and
+        (B, C, H, W).
+    """
+    choice, top, left = places
+    (count, _, h, w), (height, width) = patterns.shape, x.shape[2:]
+    bare = choice < 0
+    if count == 0:
+        one = x.new_ones(())
+        return None, x, one, one
+    keep, gain = (weights[:, choice.clamp_min(0)] * ~bare).view(2, -1, 1, 1, 1)
+    keep = keep + bare.view(-1, 1, 1, 1)
+    chosen = patterns if count == 1 else patterns[choice.clamp_min(0)]
+    if (h, w) == (height, width):
+        return None, keep * x + gain * chosen, keep, gain
+    window = (
+        torch.arange(len(x), device=x.device)[:, None, None],
+        (top[:, None] + torch.arange(h, device=x.device))[:, :, None],
+        (left[:, None] + torch.arange(w, device=x.device))[:, None, :],
+    )
+    pixels = keep * x.permute(0, 2, 3, 1)[window] + gain * chosen.permute(0, 2, 3, 1)
+    return window, pixels, keep, gain

@@ -1,0 +1,23 @@
+"""Which implementation of a kernel runs."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+
+
+def choose(impl: str, like: torch.Tensor) -> str:
+    """ "torch" or "triton": what `impl` stands for with tensors like this one. Triton has no float64.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl = {impl!r}: 'auto', 'torch' or 'triton' expected")
+    if impl != "auto":
+        return impl
+    fits = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return "triton" if fits else "torch"

@@ -1,0 +1,86 @@
+"""InfoNCE: time and memory of the loss alone, against open_clip's `ClipLoss` and, on a GPU, the public kernels.
+
+    python benchmarks/infonce.py
+
+On a GPU, `pip install memeff inf-cl` adds these two; what is not installed is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from measure import ON, Report, peak_bytes, product_rate, seconds
+
+from abd_core.kernels.infonce import info_nce
+
+SCALE = 100.0
+SIZES = (128, 512, 2048, 4096) if ON.type == "cpu" else (128, 4096, 16384, 32768, 65536, 131072)
+DENSE = 65536  # the largest batch whose matrix of logits is tried
+DIM = 256 if ON.type == "cpu" else 1024
+REPEATS = 9
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def losses() -> dict[str, Loss]:
+    """Name -> loss of (image features, text features, scale); those with a star have no gradient for the scale."""
+    eager = open_clip.ClipLoss()
+    found: dict[str, Loss] = {"open_clip": eager, "open_clip compiled": torch.compile(open_clip.ClipLoss())}
+    for impl in ("torch", "triton") if ON.type == "cuda" else ("torch",):
+        found[f"abd_core {impl}"] = lambda x, y, s, impl=impl: info_nce(x, y, s, weights=(0.5, 0.5), impl=impl)
+    if ON.type == "cuda":
+        try:
+            from memeff import MemoryEfficientCLIPLoss
+
+            found["memeff*"] = MemoryEfficientCLIPLoss(1 / SCALE, normalized_inputs=True, stable=False)
+        except ImportError:
+            print("memeff is not installed: left out")
+        try:
+            from inf_cl import cal_flash_loss
+
+            found["inf-cl"] = lambda x, y, s: (
+                cal_flash_loss(x, y, scale=s).mean() / 2 + cal_flash_loss(y, x, scale=s).mean() / 2
+            )
+        except ImportError:
+            print("inf-cl is not installed: left out")
+    return found
+
+
+def main() -> None:
+    report = Report("infonce")
+    for dtype in (torch.float32,) if ON.type == "cpu" else (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        ceiling = product_rate(dtype, size=1024 if ON.type == "cpu" else 8192)
+        report.note(name, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
+        for size in SIZES:
+            case = f"B={size}, D={DIM}, {name}"
+            image, text = (F.normalize(torch.randn(size, DIM, device=ON), dim=1).to(dtype) for _ in range(2))
+            leaves = (image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=ON, requires_grad=True))
+
+            def forward(loss: Loss, leaves=leaves) -> None:
+                with torch.no_grad():
+                    loss(*leaves)
+
+            def both(loss: Loss, leaves=leaves) -> None:
+                value = loss(*leaves)
+                value.backward()
+                for leaf in leaves:
+                    leaf.grad = None
+
+            tried = {n: loss for n, loss in losses().items() if size <= DENSE or not n.startswith("open_clip")}
+            for what, run in {"forward": forward, "forward + backward": both}.items():
+                calls = {n: lambda loss=loss, run=run: run(loss) for n, loss in tried.items()}
+                taken = seconds(calls, repeats=REPEATS)
+                report.add(case, what, "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+            for variant, spent in taken.items():  # 4 products of 2 B B D operations each
+                report.note(case, variant, "share of the ceiling", "%", 100 * 8 * size**2 * DIM / spent / ceiling)
+            if ON.type == "cuda":
+                peaks = {n: peak_bytes(call) / 2**20 for n, call in calls.items()}
+                report.add(case, "peak memory", "MiB", peaks)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

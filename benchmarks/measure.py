@@ -1,0 +1,105 @@
+"""What the benchmarks share: timing, the machine's ceilings, and one tidy table of all that was ever measured.
+
+A row is one figure of one variant in one case. `ratio` compares it with the case's first variant *in the same run*: for
+times and memory, the first one's value divided by this one's. Compare ratios, not times of two runs or two machines.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from abd_core.models import device
+from abd_core.paths import atomic, environment
+
+TABLE = Path(__file__).parent / "results.csv"
+COLUMNS = ("benchmark", "device", "case", "variant", "metric", "value", "unit", "ratio", "n", "versions", "git_sha")
+ON = device()
+
+
+def seconds(variants: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median seconds a call of each variant; all take turns, so that a slow moment of the machine meets all alike."""
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(repeats + 1):
+        for name, call in variants.items():
+            start = _now()
+            call()
+            if turn:  # the first call compiles and fills caches
+                taken[name].append(_now() - start)
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def _now() -> float:
+    if ON.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Memory that a call needs at its peak beyond what was taken before; 0 on the CPU, which keeps no count."""
+    if ON.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def product_rate(dtype: torch.dtype, *, size: int) -> float:
+    """FLOP/s of this machine's matrix product of two (size, size) matrices: the ceiling of what is made of products."""
+    a, b = (torch.randn(size, size, device=ON).to(dtype) for _ in range(2))
+    return 2 * size**3 / seconds({"product": lambda: a @ b}, repeats=9)["product"]
+
+
+def copy_rate(*, megabytes: int) -> float:
+    """Bytes read and written a second by this machine's copy: the ceiling of what passes over memory once."""
+    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=ON)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+
+
+class Report:
+    """Figures of one benchmark on this device; `write` puts them in the place of its earlier ones."""
+
+    def __init__(self, benchmark: str) -> None:
+        made = environment()
+        named = ", ".join(f"{name} {made[name]}" for name in ("python", "torch", "open_clip"))
+        self.origin = {
+            "benchmark": benchmark,
+            "device": made["device"],
+            "versions": f"{named}, {made['threads']} threads",
+            "git_sha": made["git_sha"],
+        }
+        self.rows: list[dict[str, object]] = []
+
+    def add(self, case: str, metric: str, unit: str, values: Mapping[str, float], *, n: int = 1) -> None:
+        """One figure of each variant; smaller is better. `n`: repeats behind it."""
+        first = next(iter(values.values()))
+        for variant, value in values.items():
+            self.note(case, variant, metric, unit, value, ratio=first / value if value else None, n=n)
+
+    def note(
+        self, case: str, variant: str, metric: str, unit: str, value: float, *, ratio: float | None = None, n: int = 1
+    ) -> None:
+        """One figure that is not compared."""
+        figures = {"value": f"{value:.4g}", "ratio": "" if ratio is None else f"{ratio:.3g}", "n": n}
+        self.rows.append({**self.origin, "case": case, "variant": variant, "metric": metric, "unit": unit, **figures})
+        print(f"{case:34} {variant:28} {metric:22} {value:10.4g} {unit:9} {figures['ratio']:>6}", flush=True)
+
+    def write(self) -> None:
+        mine = {key: self.origin[key] for key in ("benchmark", "device")}
+        kept = []
+        if TABLE.exists():
+            with TABLE.open(newline="", encoding="utf-8") as f:
+                kept = [row for row in csv.DictReader(f) if {key: row[key] for key in mine} != mine]
+        with atomic(TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*kept, *self.rows])

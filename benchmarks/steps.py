@@ -1,0 +1,115 @@
+"""A training step of the defences against the same step in a plain loop: images a second, and memory on a GPU.
+
+    python benchmarks/steps.py
+
+On the CPU: the embedded benchmark's model and pairs, drawing of the views and captions included. On a GPU:
+`RN50-quickgelu` at 224 px on random images that are there already, and what that makes of the paper's defence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import open_clip
+import torch
+from measure import ON, Report, peak_bytes, seconds
+
+from abd_core import models
+from abd_core.data import Pairs, load_pairs
+from abd_core.defences import DEFENCES, DefendConfig
+from abd_core.generator import Perturbation, patch_side
+from abd_core.text import tokenize
+from abd_core.train import Step, parameter_groups
+
+LARGE = ON.type == "cuda"
+NAME, BATCH, REPEATS = ("RN50-quickgelu", 128, 20) if LARGE else (models.EMBEDDED, 64, 12)
+PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
+
+
+class DrawnPairs(Pairs):
+    """The embedded captions, with random images of another resolution that are on the device already."""
+
+    @property
+    def resolution(self) -> int:
+        return 224
+
+    def images(self, indices: torch.Tensor, *, seed: int, step: int, **_: object) -> torch.Tensor:
+        generator = torch.Generator(ON).manual_seed(step)
+        return torch.rand(len(indices), 3, 224, 224, generator=generator, device=ON)
+
+
+def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None]:
+    """float32, contiguous tensors, plain attention kernels' choice, AdamW parameter by parameter, open_clip's loss."""
+    model = models.build(NAME).to(memory_format=torch.contiguous_format).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-5, foreach=False, fused=False)
+    mean, std = (torch.tensor(values, device=ON).view(3, 1, 1) for values in models.NORMALISATION)
+    criterion = open_clip.ClipLoss()
+
+    def step(number: int) -> None:
+        indices = torch.arange(BATCH) + BATCH * number
+        images = pairs.images(indices, seed=0, step=number).to(ON)
+        if patch is not None:
+            for image, (top, left) in zip(images, torch.randint(9, (BATCH, 2)).tolist(), strict=True):
+                image[:, top : top + patch.shape[1], left : left + patch.shape[2]] = patch
+        tokens = tokenize(pairs.captions(indices, seed=0, epoch=0), context_length=model.context_length).to(ON)
+        image_features = model.encode_image((images - mean) / std, normalize=True)
+        text_features = model.encode_text(tokens, normalize=True)
+        loss = criterion(image_features, text_features, model.logit_scale.exp())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def step_of(name: str, pairs: Pairs, patch: torch.Tensor) -> Callable[[int], None]:
+    """A step of `train.fit` with this defence's loss."""
+    kind, config = DEFENCES[name], DefendConfig(defence=name)
+    perturbation = Perturbation("patch", patch, pairs.resolution, "random") if kind.needs_perturbation else None
+    defence = kind(config, pairs, perturbation=perturbation)
+    model = models.build(NAME).train()
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-5, fused=True)
+
+    def step(number: int) -> None:
+        loss = defence.loss(model, Step(torch.arange(BATCH) + BATCH * number, 0, number))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+def main() -> None:
+    report = Report("training step")
+    pairs = load_pairs()
+    if LARGE:
+        pairs = DrawnPairs(pairs.cells, pairs.labels, pairs.tags, pairs.ids)
+    side = patch_side(0.03, pairs.resolution)
+    patch = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0)).to(ON)
+    case = f"{NAME}, batch {BATCH}"
+    steps = {
+        "plain loop": plain_step(pairs, None),
+        "plain loop with a patch": plain_step(pairs, patch),
+        **{kind: step_of(kind, pairs, patch) for kind in ("ft", "abd", "cleanclip")},
+    }
+    counts = dict.fromkeys(steps, 0)
+
+    def next_step(name: str) -> None:
+        counts[name] += 1
+        steps[name](counts[name] % (len(pairs) // BATCH - 1))
+
+    taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
+    report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
+    for name, spent in taken.items():
+        report.note(case, name, "speed", "images/s", BATCH / spent)
+    if LARGE:
+        for name in steps:
+            report.note(case, name, "peak memory", "MiB", peak_bytes(lambda name=name: next_step(name)) / 2**20)
+        report.note(case, "abd", "paper's defence, no loading", "GPU-hours", PAPER / BATCH * taken["abd"] / 3600)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,392 @@
+"""InfoNCE of both implementations against float64 cross-entropy over the whole matrix. Triton's kernels run interpreted
+where there is no GPU (`conftest.py`)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import start_python
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from abd_core import losses
+from abd_core.kernels import infonce, infonce_triton
+from abd_core.kernels.infonce import info_nce
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # rows beyond the matrix
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # of the largest
+# Neither a block's multiple nor one block only; (queries, keys, dim, weights, separate positives, offset).
+CASES = {
+    "one pair": (1, 1, 1, (1.0, 1.0), False, 0),
+    "clip": (150, 150, 40, (0.5, 0.5), False, 0),
+    "unequal weights": (129, 129, 7, (0.3, 1.7), False, 0),
+    "keys to queries": (65, 65, 64, (0.0, 1.0), False, 0),
+    "other ranks' keys": (40, 170, 70, (1.0, 0.0), False, 97),
+    "separate positives": (70, 70, 33, (1.0, 0.0), True, 0),
+    "all of it": (67, 67, 130, (0.4, 0.9), True, 0),
+    "positives among more keys": (30, 90, 16, (1.0, 0.0), True, 60),
+}
+IMPLEMENTATIONS = ["torch", "chunks", "triton", "parts"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both implementations, each at one go and in pieces."""
+    monkeypatch.setattr(infonce, "CHUNK_BYTES", 16 * 1024 if request.param == "chunks" else 1 << 30)
+    if request.param == "parts":
+        monkeypatch.setattr(infonce_triton, "PARTIALS", 1)
+        monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)
+    return {"chunks": "torch", "parts": "triton"}.get(request.param, request.param)
+
+
+def features(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(rows, dim=1).to(DEVICE, dtype)
+
+
+def draw(case: str, dtype: torch.dtype, seed: int = 0) -> tuple[list[torch.Tensor], dict[str, Any]]:
+    batch, count, dim, weights, separate, offset = CASES[case]
+    tensors = [features(batch, dim, seed, dtype), features(count, dim, seed + 1, dtype), torch.tensor(30.0)]
+    tensors += [features(batch, dim, seed + 2, dtype)] if separate else []
+    return [tensor.to(DEVICE).requires_grad_() for tensor in tensors], {"weights": weights, "offset": offset}
+
+
+def reference(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    positives: torch.Tensor | None = None,
+    *,
+    weights: tuple[float, float] = (1.0, 0.0),
+    offset: int = 0,
+) -> torch.Tensor:
+    q, k, scale = queries.double(), keys.double(), scale.double()
+    own = torch.arange(len(q), device=q.device) + offset
+    logits = scale * q @ k.T
+    if positives is not None:
+        logits = logits.scatter(1, own[:, None], (scale * (q * positives.double()).sum(1))[:, None])
+    loss = weights[0] * F.cross_entropy(logits, own)
+    return loss + weights[1] * F.cross_entropy(logits.T, own) if weights[1] else loss
+
+
+def with_gradients(loss: Callable[..., torch.Tensor], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The loss of (queries, keys, scale[, positives]) and its gradients."""
+    value = loss(*tensors)
+    return [value.detach(), *torch.autograd.grad(value, tensors)]
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:
+    for got, wanted in zip(ours, theirs, strict=True):
+        error = (got.double() - wanted.double()).abs().max().item()
+        assert error <= tolerance * max(wanted.abs().max().item(), 1e-3)
+
+
+def called(impl: str, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    return lambda q, k, s, p=None: info_nce(q, k, s, positives=p, impl=impl, **settings)
+
+
+def half_of(impl: str) -> torch.dtype:
+    """Triton's interpreter has no bf16 products."""
+    return torch.float16 if impl == "triton" and DEVICE == "cpu" else torch.bfloat16
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("precision", ["single", "half"])
+def test_loss_and_gradients_are_those_of_the_whole_matrix(case: str, precision: str, impl: str):
+    dtype = torch.float32 if precision == "single" else half_of(impl)
+    tensors, settings = draw(case, dtype)
+    ours = with_gradients(called(impl, settings), tensors)
+    wanted = with_gradients(lambda *inputs: reference(*inputs, **settings), tensors)
+    assert [tensor.dtype for tensor in ours[1:]] == [tensor.dtype for tensor in tensors] and ours[0].shape == ()
+    assert_close(ours, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("chunk", [1, 1 << 30])
+def test_gradients_are_those_of_finite_differences(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce, "CHUNK_BYTES", chunk)
+    batch, count, dim, weights, separate, offset = CASES[case]
+    small = [features(min(n, 4 + n // 40), min(dim, 3), i, torch.float64) for i, n in enumerate((batch, count, batch))]
+    scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
+    tensors = [*small[:2], scale, *(small[2:] if separate else [])]
+    settings = {"weights": weights, "offset": min(offset, len(small[1]) - len(small[0]))}
+    inputs = [tensor.requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(called("torch", settings), inputs)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("kind", ["opposite", "equal", "found", "one cluster"])
+def test_extreme_cosines_and_scales_stay_exact(kind: str, scale: float, impl: str):
+    q = features(70, 16, 0)
+    k = {"opposite": -q, "equal": q[:1].expand(70, 16), "found": q, "one cluster": -F.normalize(q + 9 * q[:1], dim=1)}[
+        kind
+    ]
+    if kind == "one cluster":
+        q = F.normalize(q + 9 * q[:1], dim=1)  # every cosine is near -1
+    tensors = [tensor.clone().requires_grad_() for tensor in (q, k, torch.tensor(scale, device=DEVICE))]
+    settings = {"weights": (0.5, 0.5)}
+    ours = with_gradients(called(impl, settings), tensors)
+    wanted = with_gradients(lambda *inputs: reference(*inputs, **settings), tensors)
+    # What is left of two nearly equal probabilities has their rounding, in units of the logits.
+    for got, right, size in zip(ours, wanted, (scale, scale, scale, 1.0), strict=True):
+        assert torch.isfinite(got).all()
+        assert (got - right).abs().max() <= 1e-5 * max(right.abs().max().item(), size, 1e-3)
+
+
+@pytest.mark.parametrize("dim", [5, 33])
+def test_nothing_beyond_the_features_is_read(dim: int, impl: str):
+    def guarded(count: int, seed: int) -> torch.Tensor:
+        """A view with NaN in front of it and behind it."""
+        whole = torch.full((count + 200, dim), math.nan, device=DEVICE)
+        whole[100:-100] = features(count, dim, seed)
+        return whole[100:-100]
+
+    tensors = [guarded(67, 0), guarded(90, 1), torch.tensor(9.0, device=DEVICE), guarded(67, 2)]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    assert all(torch.isfinite(got).all() for got in with_gradients(called(impl, {"offset": 20}), tensors))
+
+
+def test_rows_that_lie_apart_in_memory_are_right(impl: str):
+    q, k = features(40, 66, 0)[:, ::2], features(33, 40, 1).T
+    assert not q.is_contiguous() and not k.is_contiguous()
+    scale = torch.tensor(5.0, device=DEVICE)
+    torch.testing.assert_close(info_nce(q, k, scale, impl=impl).double(), reference(q, k, scale), rtol=1e-5, atol=0)
+
+
+def test_the_same_inputs_give_the_same_bits(impl: str):
+    tensors, settings = draw("all of it", torch.float32)
+    first, second = (with_gradients(called(impl, settings), tensors) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes, in bytes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            self.size = max(self.size, tensor.nbytes if isinstance(tensor, torch.Tensor) else 0)
+        return out
+
+
+def test_the_matrix_is_neither_made_nor_kept(impl: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce, "CHUNK_BYTES", 4 * 400 * 64)
+    monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)  # one block of 64 rows
+    tensors = [features(400, 8, 0).requires_grad_(), features(400, 8, 1).requires_grad_()]
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        info_nce(*tensors, 5.0, weights=(0.5, 0.5), impl=impl)
+    assert 0 < max(kept) <= 4 * 400 * 8
+    q, k, scale = *(tensor.detach() for tensor in tensors), torch.tensor(5.0, device=DEVICE)
+    forward = infonce_triton.forward if impl == "triton" else infonce._forward
+    with Largest() as made:
+        forward(q, k, scale, None, (0.5, 0.5), 0, True)
+    assert 4 * 400 * 8 <= made.size <= 4 * 400 * 64
+
+
+def test_only_what_needs_a_gradient_costs_one():
+    q, k = features(20, 4, 0), features(20, 4, 1)
+    with torch.no_grad():
+        plain = info_nce(q.clone().requires_grad_(), k, 2.0)
+    assert not plain.requires_grad and plain.grad_fn is None
+    outputs = infonce._op(q, k, torch.tensor(2.0, device=DEVICE), None, 1.0, 0.0, 0, False, "torch")
+    assert [output.numel() for output in outputs] == [1, 0, 0, 0, 0]
+
+
+def test_gradients_of_gradients_are_refused_rather_than_wrong(impl: str):
+    tensors, settings = draw("one pair", torch.float32)
+    first = torch.autograd.grad(called(impl, settings)(*tensors), tensors[0], create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
+        torch.autograd.grad(first.sum(), tensors[0])
+
+
+def test_it_is_an_operator_that_compiles_without_a_break(impl: str):
+    tensors, settings = draw("all of it", torch.float32)
+    compiled = torch.compile(called(impl, settings), backend="aot_eager", fullgraph=True)
+    plain = with_gradients(called(impl, settings), tensors)
+    assert_close(with_gradients(compiled, tensors), plain, 1e-7)
+    q, k, scale, p = (tensor.detach().clone().requires_grad_() for tensor in tensors)
+    torch.library.opcheck(infonce._op, (q, k, scale, p, 0.4, 0.9, 0, True, impl))
+    torch.library.opcheck(infonce._op, (q, k, scale, None, 0.4, 0.9, 0, True, impl))
+
+
+def test_under_autocast_products_are_of_its_dtype():
+    tensors, settings = draw("clip", torch.float32)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        cast = with_gradients(called("torch", settings), tensors)
+    rounded = [t.detach().bfloat16().requires_grad_() for t in tensors[:2]] + tensors[2:]
+    assert_close(cast, with_gradients(called("torch", settings), rounded), 1e-2)
+    assert torch.equal(cast[0], called("torch", settings)(*rounded)) and cast[1].dtype == torch.float32
+
+
+def test_the_module_is_called_like_open_clip_s():
+    tensors, _ = draw("clip", torch.float32)
+    ours, theirs = losses.ClipLoss(), open_clip.ClipLoss()
+    assert_close(with_gradients(ours, tensors), with_gradients(theirs, tensors), 1e-5)
+    bias = torch.tensor(-3.0, device=DEVICE)
+    told = ours(*tensors, logit_bias=bias, output_dict=True)
+    assert told.keys() == theirs(*tensors, logit_bias=bias, output_dict=True).keys()
+    torch.testing.assert_close(told["contrastive_loss"], theirs(*tensors, logit_bias=bias), rtol=1e-5, atol=0)
+
+
+RANK = """
+import json, sys, torch, torch.distributed as dist
+from abd_core.losses import ClipLoss
+rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
+generator = torch.Generator().manual_seed(0)
+whole = torch.randn(2, 12, 5, generator=generator, dtype=torch.float64)
+scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+own = whole.chunk(world, 1)[rank].clone().requires_grad_()
+loss = ClipLoss(rank=rank, world_size=world)(own[0], own[1], scale)
+loss.backward()
+for tensor in (loss.detach(), scale.grad):
+    dist.all_reduce(tensor)
+print(json.dumps([loss.item() / world, scale.grad.item() / world, (own.grad / world).tolist()]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_have_the_loss_and_the_gradients_of_one_process(world: int, tmp_path):
+    script = "import sys\nsys.argv[1:] = {}\n" + RANK
+    children = [start_python(script.format([str(r), str(world), str(tmp_path / "s")])) for r in range(world)]
+    told = []
+    for child in children:
+        out, err = child.communicate(timeout=300)
+        assert child.returncode == 0, err
+        told.append(json.loads(out))
+    whole = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tensors = [whole[0].clone(), whole[1].clone(), torch.tensor(4.0, dtype=torch.float64)]
+    loss, images, texts, scale = with_gradients(losses.clip_loss, [t.requires_grad_() for t in tensors])
+    joint = torch.cat([torch.tensor(part[2], dtype=torch.float64) for part in told], 1)
+    torch.testing.assert_close(joint, torch.stack([images, texts]), rtol=1e-10, atol=1e-12)
+    for part in told:
+        assert part[:2] == pytest.approx([loss.item(), scale.item()], rel=1e-10)
+
+
+COMPILE = """
+import subprocess, sys, tempfile
+from pathlib import Path
+import triton
+from triton.backends import nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from abd_core.kernels import infonce_triton as kernels
+
+sizes = {"first": "i32", "batch": "i32", "count": "i32", "dim": "i32", "offset": "i32"}
+for half in (True, False):
+    kind, block, inner = ("*bf16", 128, 64) if half else ("*fp32", 64, 32)
+    floats = dict.fromkeys(["scale", "own", "row_sums", "column_sums"], "*fp32")
+    types = {"q": kind, "k": kind, "out": kind, "row_weight": "fp32", "column_weight": "fp32", **floats, **sizes}
+    fixed = {"BLOCK_Q": block, "BLOCK_K": block, "BLOCK_D": inner, "GROUP": kernels.GROUP, "PRECISION": "tf32"}
+    fixed |= {"OWN": False, "ROWS": True, "COLUMNS": True, "LOG2E": 1.44}
+    for kernel in (kernels._sums_kernel, kernels._gradient_kernel):
+        names = kernel.arg_names
+        signature = {name: types.get(name, "constexpr") for name in names}
+        even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("dim", "count")]
+        source = ASTSource(
+            kernel,
+            signature,
+            {(names.index(name),): value for name, value in fixed.items()},
+            {(i,): [["tt.divisibility", 16]] for i in even},
+        )
+        options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
+        for capability in (80, 90):
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                Path(file.name).write_bytes(made.asm["cubin"])
+                tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+                told = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True).stdout
+            assert "REG" in told and " STACK:0 " in told, told
+            print(kernel.__name__, half, capability, made.metadata.shared)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_gpus_without_spilling_registers():
+    child = start_python(COMPILE, TRITON_INTERPRET="0")
+    out, err = child.communicate(timeout=600)
+    assert child.returncode == 0, err
+    assert len(out.splitlines()) == 8
+
+
+BAD: dict[str, tuple[Callable[..., object], str]] = {
+    "no matrix": (lambda q: info_nce(q[0], q, 1.0), r"\(B, D\) and keys \(N, D\) expected, not \(4,\) and \(6, 4\)"),
+    "another dim": (lambda q: info_nce(q, q[:, 1:], 1.0), r"not \(6, 4\) and \(6, 3\)"),
+    "nothing": (lambda q: info_nce(q[:0], q, 1.0), r"not \(0, 4\) and \(6, 4\)"),
+    "integers": (lambda q: info_nce(q.long(), q.long(), 1.0), "floating-point features expected, not torch.int64"),
+    "two dtypes": (lambda q: info_nce(q, q.double(), 1.0), "keys are torch.float64 on .*, queries torch.float32"),
+    "positives": (lambda q: info_nce(q, q, 1.0, positives=q[1:]), r"positives \(6, 4\) expected, not \(5, 4\)"),
+    "few keys": (lambda q: info_nce(q, q[1:], 1.0), "offset 0 with 6 queries and 5 keys"),
+    "offset": (lambda q: info_nce(q[1:], q, 1.0, offset=2), "offset 2 with 5 queries and 6 keys"),
+    "two ways": (lambda q: info_nce(q[1:], q, 1.0, weights=(1, 1)), "as many keys as queries, not 6 and 5"),
+    "no way": (lambda q: info_nce(q, q, 1.0, weights=(0, 0)), "a direction with a weight other than 0"),
+    "scales": (lambda q: info_nce(q, q, q[0]), r"a scale of one element expected, not \(4,\)"),
+    "impl": (lambda q: info_nce(q, q, 1.0, impl="cuda"), "impl = 'cuda': 'auto', 'torch' or 'triton' expected"),
+    "float64": (lambda q: info_nce(q.double(), q.double(), 1.0, impl="triton"), "has no float64; 'torch' has"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_does_not_fit_is_refused_in_one_line(case: str):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call(features(6, 4, 0))
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_triton_without_a_gpu_is_refused():
+    code = "import torch; from abd_core.kernels.infonce import info_nce; info_nce(*torch.ones(2, 2, 2), 1, impl={!r})"
+    child = start_python(code.format("triton"), TRITON_INTERPRET="0")
+    _, err = child.communicate(timeout=120)
+    assert child.returncode and "impl = 'triton' needs a CUDA device, not cpu" in err.splitlines()[-1]
+    child = start_python(code.format("auto"), TRITON_INTERPRET="0")
+    assert child.communicate(timeout=120) and child.returncode == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_large_batches_are_right_and_fit(dtype: torch.dtype):
+    tensors = [features(8200, 1024, i, dtype).requires_grad_() for i in (0, 1)]
+    tensors.append(torch.tensor(60.0, device="cuda", requires_grad=True))
+    settings = {"weights": (0.5, 0.5)}
+    wanted = with_gradients(called("torch", settings), tensors)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours = with_gradients(called("triton", settings), tensors)
+    assert torch.cuda.max_memory_allocated() - before < 3 * infonce_triton.BUFFER_BYTES
+    assert_close(ours, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_tf32_is_used_where_torch_allows_it():
+    tensors, settings = draw("clip", torch.float32)
+    exact = with_gradients(called("triton", settings), tensors)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        quick = with_gradients(called("triton", settings), tensors)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert not torch.equal(quick[0], exact[0])
+    assert_close(quick, exact, 1e-2)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_hundred_runs_give_the_same_bits():
+    tensors = [features(3000, 520, i, torch.bfloat16).requires_grad_() for i in (0, 1)]
+    tensors.append(torch.tensor(60.0, device="cuda", requires_grad=True))
+    first = with_gradients(called("triton", {"weights": (0.5, 0.5)}), tensors)
+    for _ in range(100):
+        again = with_gradients(called("triton", {"weights": (0.5, 0.5)}), tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
