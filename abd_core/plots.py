@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -328,6 +329,66 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
             axes.errorbar(100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="% of pairs poisoned", ylabel=f"{METRICS[metric]} of the victim, %")
     grid[0].legend(frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
+    """Ratios to a case's first variant, a panel a device and a bar a variant; to the right of 1 is better than it.
+
+    Args:
+        benchmarks: rows as `results.read_benchmarks` gives them.
+    """
+    rows = benchmarks[benchmarks["metric"].eq(metric) & benchmarks["ratio"].notna()]
+    if rows.empty:
+        return _without_rows(title)
+    devices = list(rows["device"].unique())
+    height = 1 + 0.22 * max(len(rows[rows["device"] == device]) for device in devices)
+    figure, grid = plt.subplots(
+        1, len(devices), figsize=(9 * len(devices), height), squeeze=False, layout="constrained"
+    )
+    colours = _colours(list(rows["variant"].unique()))
+    for axes, device in zip(grid[0], devices, strict=True):
+        part = rows[rows["device"] == device]
+        sns.barplot(part, y="case", x="ratio", hue="variant", palette=colours, ax=axes, legend=device == devices[0])
+        axes.axvline(1, color="0.3", linewidth=1)
+        axes.set(xlabel=f"{metric}: times better than the first", ylabel="", title=device)
+    grid[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    figure.suptitle(title)
+    return figure
+
+
+def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str) -> Figure:
+    """Achieved operations a second against operations a byte, under the ceilings measured in the same run.
+
+    A panel a device. A case's place to the right is its operations over its least traffic.
+
+    Args:
+        metrics: benchmark -> the metric (in ms) that takes the operations.
+    """
+    devices = list(benchmarks["device"].unique())
+    figure, grid = plt.subplots(
+        1, max(1, len(devices)), figsize=(7 * max(1, len(devices)), 5), squeeze=False, layout="constrained"
+    )
+    for axes, device in zip(grid[0], devices, strict=False):
+        rows = benchmarks[benchmarks["device"] == device]
+        for (name, case), part in rows.groupby(["benchmark", "case"], sort=False):
+            figures = part.set_index("metric")["value"]
+            if name not in metrics or "operations" not in figures.index:
+                continue
+            operations = float(figures["operations"])
+            times = part[part["metric"] == metrics[name]]
+            best = times.loc[times["variant"].str.startswith("abd_core"), "value"].min()
+            axes.scatter(operations / float(figures["least traffic"]), operations / best * 1e3, label=f"{name}: {case}")
+        low, high = axes.get_xlim()
+        reach = np.geomspace(max(low, 0.1), max(high, 10) * 2)
+        peak = rows.loc[rows["unit"] == "TFLOP/s", "value"].max() * 1e3
+        bandwidth = rows.loc[rows["metric"] == "memory bandwidth", "value"].max()
+        axes.plot(reach, np.minimum(reach * bandwidth, peak), color="0.3", label="ceiling measured in the same run")
+        axes.set(
+            xscale="log", yscale="log", xlabel="operations a byte of least traffic", ylabel="GFLOP/s", title=device
+        )
+        axes.legend(fontsize="x-small", frameon=False)
     figure.suptitle(title)
     return figure
 

@@ -21,7 +21,7 @@ from scipy.special import stdtrit
 from abd_core.config import AbdError, Config, option
 from abd_core.data import TEST_VENDORS
 from abd_core.defences import DEFENCES
-from abd_core.paths import RunError, data_dir
+from abd_core.paths import RunError, data_dir, root
 from abd_core.triggers import TRIGGERS
 
 METRICS = {
@@ -58,6 +58,36 @@ class ResultsConfig(Config):
     @property
     def path(self) -> Path:
         return Path(self.results) if self.results else data_dir() / "results" / "grid.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarksConfig(Config):
+    """Which measurements of speed a chapter shows."""
+
+    benchmarks: str = option("", "path of a CSV that `make bench` wrote; empty: the committed one")
+
+    @property
+    def path(self) -> Path:
+        return Path(self.benchmarks) if self.benchmarks else root() / "benchmarks" / "results.csv"
+
+
+def read_benchmarks(path: Path) -> pd.DataFrame:
+    """Figures of the benchmarks, a row each (see `benchmarks/measure.py`); `ratio` is NaN where there is none.
+
+    Raises:
+        RunError: there is no such file.
+        ResultsError: it is another kind of table.
+    """
+    if not path.is_file():
+        raise RunError(f"missing file: {path}")
+    try:
+        table = pd.read_csv(path, dtype={"value": float, "ratio": float, "n": int})
+    except ValueError as error:
+        raise ResultsError(f"{path}: {error}") from None
+    missing = {"benchmark", "device", "case", "variant", "metric", "value", "unit", "ratio", "n"} - set(table.columns)
+    if missing:
+        raise ResultsError(f"{path}: columns missing: {', '.join(sorted(missing))}")
+    return table
 
 
 def _number(low: float, high: float = math.inf, *, kind: type = float, empty: bool = False) -> Callable[[str], Any]:

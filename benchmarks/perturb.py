@@ -77,6 +77,10 @@ def main() -> None:
         case = f"{kind}, {shape}"
         taken = seconds({n: lambda call=call: forward(call) for n, call in variants.items()}, repeats=REPEATS)
         report.add(case, "forward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+        report.note(
+            case, "any", "operations", "GFLOP", 5 * images.numel() / 1e9
+        )  # scale, add, clamp, subtract, multiply
+        report.note(case, "any", "least traffic", "GB", moved / 1e9)
         for variant, spent in taken.items():
             report.note(case, variant, "forward, of bandwidth", "%", 100 * moved / spent / ceiling)
         made = {n: call(pattern) for n, call in variants.items()}

@@ -155,4 +155,5 @@ def concrete_configs() -> list[type[Config]]:
         defend.DefendConfig,
         evaluate.EvaluateConfig,
         results.ResultsConfig,
+        results.BenchmarksConfig,
     ]

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 from papermill.exceptions import PapermillExecutionError
@@ -15,7 +16,7 @@ from abd_core.defend import DefendConfig
 from abd_core.notebook import SHARED, summary
 from abd_core.poison import PoisonConfig
 from abd_core.pretrain import PretrainConfig
-from abd_core.results import ResultsConfig
+from abd_core.results import BenchmarksConfig, ResultsConfig
 
 BOOK = Path(__file__).parents[1] / "book"
 STAGES = {
@@ -26,6 +27,7 @@ STAGES = {
     "04_results": {"results": ResultsConfig},  # these two run in test_results.py
     "05_ablations": {"results": ResultsConfig},
     "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
+    "07_kernels": {"benchmarks": BenchmarksConfig},
 }
 SMOKE = {
     "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
@@ -33,6 +35,7 @@ SMOKE = {
     "02_adversary": {"poison_epochs": 1, "limit": 256, "steps": 2},
     "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "06_similarity": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
+    "07_kernels": {},
 }
 SETS = {
     "00_benchmark": [{}, {"seed": 1, "batch_size": 64}],
@@ -43,6 +46,7 @@ SETS = {
         {"attack": "blended", "mode": "additive", "view": "both", "batch_norm": "frozen", "eda": "false"},
     ],
     "06_similarity": [{}, {"attack": "blended", "target": "strawberry", "mode": "additive", "defence": "ft"}],
+    "07_kernels": [{}],
 }
 
 
@@ -76,6 +80,16 @@ def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(na
         assert text.count("(paper ") == 4 and Path(text.split("Figure: ")[1].strip()).is_file()
 
 
+@pytest.mark.slow
+def test_the_kernels_chapter_shows_the_figures_of_the_table_that_it_is_given():
+    table = pd.read_csv(BenchmarksConfig().path)
+    chosen = table.index[table["variant"].str.startswith("abd_core") & table["ratio"].notna()][0]
+    table.loc[chosen, "ratio"] = 777.77
+    table.to_csv("other.csv", index=False)
+    run("07_kernels", {"benchmarks": "other.csv"})
+    assert "777.77" in summary(Path("out.ipynb"))
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(name):
     shown = papermill.inspect_notebook(BOOK / f"{name}.ipynb")
@@ -106,6 +120,7 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
         ("04_results", {"results": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
+        ("07_kernels", {"benchmarks": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
     ],
 )
 def test_bad_parameter_ends_in_one_line_before_any_work(name, parameters, line, tmp_path):

@@ -30,6 +30,7 @@ from abd_core.results import (
     half_width,
     means,
     pareto,
+    read_benchmarks,
     read_results,
 )
 
@@ -470,3 +471,19 @@ def test_the_dose_curve_has_a_point_for_each_share_at_the_mean_over_seeds():
         np.testing.assert_allclose(np.asarray(line.get_xdata(), dtype=float), [1, 10])
         np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), [15, 55])
         assert axes.get_legend_handles_labels()[1] == ["SIG"]  # BadNet has one dose only
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "missing file"),
+        ("benchmark,device\nperturb,CPU\n", "columns missing: case, metric, n, ratio, unit, value, variant"),
+        ("benchmark,device,case,variant,metric,value,unit,ratio,n\na,b,c,d,e,fast,ms,1,1\n", "fast"),
+    ],
+)
+def test_a_table_of_benchmarks_that_is_none_is_refused(text: str | None, message: str, tmp_path: Path):
+    path = tmp_path / "speed.csv"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(AbdError, match=message):
+        read_benchmarks(path)

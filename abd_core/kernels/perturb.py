@@ -151,15 +151,26 @@ def _op(
         from abd_core.kernels.perturb_triton import forward  # not installed everywhere
 
         return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
-    x = _floats(images, patterns.dtype)
-    window, painted, _, _ = _painted(x, patterns, places, weights)
-    if window is not None:
-        x = x.permute(0, 2, 3, 1).index_put(window, painted).permute(0, 3, 1, 2).clamp_(0, 1)
-    else:
-        x = painted.clamp(0, 1)
+    # One tensor in the result's layout from the first step on: on a CPU, fresh memory costs more than arithmetic.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = images.to(patterns.dtype, memory_format=layout, copy=True)
+    if images.dtype == torch.uint8:
+        x.div_(255)
+    window, keep, gain, chosen = _windows(x, patterns, places, weights)
+    if window is None:
+        x.mul_(keep).add_(gain * chosen)
+    elif len(patterns):
+        pixels = x.permute(0, 2, 3, 1)
+        pixels[window] = keep * pixels[window] + gain * chosen.permute(0, 2, 3, 1)
+    x.clamp_(0, 1)
     if mean:
-        x = x.sub_(_channels(mean, x)).div_(_channels(std, x))
-    return x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        mean_of, std_of = x.new_tensor([mean, std])
+        if channels_last:  # a row of pixels at a time, instead of three channels
+            width = x.shape[-1]
+            x.permute(0, 2, 3, 1).flatten(2).sub_(mean_of.repeat(width)).div_(std_of.repeat(width))
+        else:
+            x.sub_(mean_of.view(-1, 1, 1)).div_(std_of.view(-1, 1, 1))
+    return x.to(dtype)
 
 
 @_op.register_fake
@@ -184,29 +195,28 @@ def _backward_op(
         from abd_core.kernels.perturb_triton import backward  # not installed everywhere
 
         return backward(grad, images, patterns, places, weights, std, needed)
-    x = _floats(images, patterns.dtype)
-    window, painted, keep, gain = _painted(x, patterns, places, weights)
-    grad = grad.to(patterns.dtype)
-    if std:
-        grad = grad / _channels(std, grad)
-    inside = (painted >= 0) & (painted <= 1)
-    if window is None:
-        through = grad * inside
-        of_images = through * keep
+    window, keep, gain, chosen = _windows(images, patterns, places, weights)
+    whole = window is None
+    if whole:
+        painted, through = keep * _floats(images, patterns.dtype) + gain * chosen, grad
     else:
-        through = grad.permute(0, 2, 3, 1)[window] * inside
-        of_images = (grad * ((x >= 0) & (x <= 1))).permute(0, 2, 3, 1)
-        of_images = of_images.index_put(window, through * keep).permute(0, 3, 1, 2)
-    through = through * gain
-    choice = places[0]
-    sums = [through[choice == i].sum(0) for i in range(len(patterns))]  # in a fixed order, which index_add has not
-    of_patterns = torch.stack(sums) if sums else torch.zeros_like(patterns)
-    if window is not None and sums:
-        of_patterns = of_patterns.permute(0, 3, 1, 2)
-    return (
-        of_images.to(images.dtype, copy=True) if needed[0] else grad.new_empty(0),
-        of_patterns.contiguous() if needed[1] else grad.new_empty(0),
-    )
+        seen = _floats(images.permute(0, 2, 3, 1)[window], patterns.dtype)
+        painted, through = keep * seen + gain * chosen.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)[window]
+    through = through.to(patterns.dtype) * ((painted >= 0) & (painted <= 1))
+    of_images = of_patterns = patterns.new_empty(0)
+    deviation = patterns.new_tensor(std or [1.0]).view(-1, 1, 1)
+    if needed[0]:
+        of_images = through * keep if whole else grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
+        if not whole and len(patterns):
+            of_images.permute(0, 2, 3, 1)[window] = through * keep
+        of_images = (of_images / deviation).to(images.dtype)
+    if needed[1]:
+        # One pattern after the other, in a fixed order: index_add has none on a GPU.
+        taken = [through] if len(keep) == 1 else [through[places[0] == i] for i in range(len(patterns))]
+        of_patterns = torch.stack([weight * part.sum(0) for weight, part in zip(weights[1], taken, strict=True)])
+        of_patterns = (of_patterns if whole else of_patterns.permute(0, 3, 1, 2)) / deviation
+        of_patterns = of_patterns.contiguous()
+    return of_images, of_patterns
 
 
 @_backward_op.register_fake
@@ -239,34 +249,33 @@ def _floats(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
 
 
-def _channels(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return like.new_tensor(values).view(-1, 1, 1)
-
-
-def _painted(
+def _windows(
     x: torch.Tensor, patterns: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
 ) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What lies in the patterns' windows before it is clamped, and each image's keep and gain.
+    """Where the patterns go and how.
 
     Returns:
-        The windows' index into (B, H, W, C), and their pixels (B, h, w, C). For patterns of the whole image None, and
-        (B, C, H, W).
+        The windows' index into (B, H, W, C), or None for patterns of the whole image; each image's keep and gain, (B or
+        1, 1, 1, 1); each image's pattern, (B or 1, C, h, w).
     """
     choice, top, left = places
-    (count, _, h, w), (height, width) = patterns.shape, x.shape[2:]
-    bare = choice < 0
-    if count == 0:
-        one = x.new_ones(())
-        return None, x, one, one
-    keep, gain = (weights[:, choice.clamp_min(0)] * ~bare).view(2, -1, 1, 1, 1)
-    keep = keep + bare.view(-1, 1, 1, 1)
-    chosen = patterns if count == 1 else patterns[choice.clamp_min(0)]
-    if (h, w) == (height, width):
-        return None, keep * x + gain * chosen, keep, gain
+    h, w = patterns.shape[2:]
+    if len(patterns) == 1 and not choice.any():  # as nearly always: one pattern for all
+        keep, gain = weights.view(2, 1, 1, 1, 1)
+        chosen = patterns
+    elif len(patterns):
+        bare = (choice < 0).view(-1, 1, 1, 1)
+        keep, gain = weights[:, choice.clamp_min(0)].view(2, -1, 1, 1, 1)
+        keep, gain = torch.where(bare, 1, keep), torch.where(bare, 0, gain)
+        chosen = patterns[choice.clamp_min(0)]
+    else:
+        keep, gain = weights.new_ones(1, 1, 1, 1), weights.new_zeros(1, 1, 1, 1)
+        chosen, h, w = patterns.new_zeros(1, x.shape[1], 0, 0), 0, 0
+    if (h, w) == tuple(x.shape[2:]):
+        return None, keep, gain, chosen
     window = (
         torch.arange(len(x), device=x.device)[:, None, None],
         (top[:, None] + torch.arange(h, device=x.device))[:, :, None],
         (left[:, None] + torch.arange(w, device=x.device))[:, None, :],
     )
-    pixels = keep * x.permute(0, 2, 3, 1)[window] + gain * chosen.permute(0, 2, 3, 1)
-    return window, pixels, keep, gain
+    return window, keep, gain, chosen

@@ -1,0 +1,216 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 7. Kernels: the loss without its matrix, and one pass over the pixels
+#
+# **Question.** What in this book's training is worth a kernel of its own, how do we know that it is right, and what does it gain?
+#
+# Two things run in every step of every stage. *InfoNCE* compares all images of a batch with all captions; Eq. (2), CLIP's loss and
+# CleanCLIP's are made of it. *Perturbing* pastes, adds or blends a pattern on each image, clamps it, normalises it and hands it to the encoder in
+# the encoder's precision. Each has one public function with two implementations: in torch, for any machine, and in Triton, for
+# GPUs.
+
+# %% tags=["parameters"]
+benchmarks: str = ""  # path of a CSV that `make bench` wrote; empty: the committed one
+
+# %%
+from abd_core.notebook import show_configs, stage_configs
+from abd_core.results import BenchmarksConfig, read_benchmarks
+
+(config,) = stage_configs(globals(), benchmarks=BenchmarksConfig)
+show_configs(config)
+measured = read_benchmarks(config.path)
+
+# %% [markdown]
+# ## The problem: a matrix that nobody wants
+#
+# With unit features $q_i$ of images and $k_j$ of captions and the scale $s$, the logits are $l_{ij} = s \, q_i \cdot k_j$, and CLIP's loss is
+#
+# $$
+# L = \frac{1}{2B} \sum_i \Big( \log \sum_j e^{l_{ij}} - l_{ii} \Big) + \frac{1}{2B} \sum_j \Big( \log \sum_i e^{l_{ij}} - l_{jj} \Big) .
+# $$
+#
+# Written as in the formula, it keeps the $B \times B$ logits, and their softmax in both directions, until the backward pass. The features take
+# $2 B D$ numbers. Mebibytes in float32 at $D = 1024$:
+
+# %% tags=["nbval-check-output"]
+import pandas as pd
+
+batches = [64, 1024, 8192, 32768, 131072]
+pd.DataFrame(
+    {"features": [2 * 4 * b * 1024 / 2**20 for b in batches], "one matrix": [4 * b * b / 2**20 for b in batches]},
+    index=pd.Index(batches, name="B"),
+)
+
+# %% [markdown]
+# ## The derivation: two vectors are enough
+#
+# All that the gradient needs of the matrix are the sums of its rows and columns. With $r_i = \log \sum_j e^{l_{ij}}$ and $c_j = \log \sum_i
+# e^{l_{ij}}$,
+#
+# $$
+# B \, \frac{\partial L}{\partial l_{ij}} = \tfrac12 e^{l_{ij} - r_i} + \tfrac12 e^{l_{ij} - c_j} - \delta_{ij} =: p_{ij} ,
+# \qquad
+# \frac{\partial L}{\partial q} = \frac{s}{B} \, P k , \qquad \frac{\partial L}{\partial k} = \frac{s}{B} \, P^\top q ,
+# \qquad
+# \frac{\partial L}{\partial s} = \frac1B \sum_i q_i \cdot (P k)_i .
+# $$
+#
+# So a tile of the matrix can be thrown away once its part of $r$ and $c$ is known, made again when its part of the gradient is due, and
+# thrown away again. The last formula needs no matrix at all: $P k$ is there already. The parts of $r$ and $c$ go together like this, which never
+# overflows, since each part is a logarithm:
+
+# %%
+import torch
+
+generator = torch.Generator().manual_seed(0)
+image, text = torch.nn.functional.normalize(torch.randn(2, 300, 16, generator=generator, dtype=torch.float64), dim=-1)
+logits = 100 * image @ text.T
+tiles = [tile.split(70, 1) for tile in logits.split(130)]
+rows = torch.cat([torch.stack([tile.logsumexp(1) for tile in row]).logsumexp(0) for row in tiles])
+columns = torch.stack([torch.cat([tile.logsumexp(0) for tile in row]) for row in tiles]).logsumexp(0)
+print("largest error of a row:", (rows - logits.logsumexp(1)).abs().max().item())
+print("largest error of a column:", (columns - logits.logsumexp(0)).abs().max().item())
+
+# %% [markdown]
+# ## The kernels
+#
+# `info_nce` in Triton makes a tile with the tensor cores, in float32 registers, whatever the features' precision. A first kernel writes each tile's
+# row and column sums, and they are put together in a fixed order: no atomics, so the same inputs give the same bits. A second one
+# makes the tile again, turns it into $p$, and writes it in the features' precision into a buffer of some rows, from which the matrix library makes $P k$
+# and $P^\top q$. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same.
+#
+# One function serves all losses of the book: weights for the two directions, positives that come from elsewhere (Eq. (2) with the clean
+# encoder's features), more keys than queries (features of other ranks).
+
+# %%
+import inspect
+
+from abd_core.kernels.infonce import info_nce
+from abd_core.kernels.perturb import perturb
+
+for function in (info_nce, perturb):
+    print(f"{function.__name__}{inspect.signature(function)}\n")
+
+# %% [markdown]
+# `perturb` reads an image once, in bytes or floats, and writes it once, in the encoder's precision and memory layout:
+# $x' = (\mathrm{clamp}(a x + b \, \delta) - \mu) / \sigma$, where $(a, b)$ is $(0, 1)$ for a patch, $(1, 1)$ for an addition and
+# $(1 - \alpha, \alpha)$ for a blend, and the pattern $\delta$ and its place are each image's own. Backward, the gradient of a pattern
+# is a sum over the batch: each program takes some of the pattern's pixels and some of the batch, and the partial sums are added in their order.
+#
+# ## The proof
+#
+# Against the formula in float64, on fresh random features; the error is in units of the largest entry. The tests ask the same of awkward shapes, of
+# scales up to 100 with every cosine at -1, and of features with NaN around them in memory. Without a GPU they run Triton's kernels in its
+# interpreter, and compile them for two generations of GPUs.
+
+# %%
+import open_clip
+
+from abd_core.losses import ClipLoss
+
+
+def errors(batch: int, scale: float) -> dict[str, float]:
+    """Largest relative errors of loss and gradients in float32."""
+    exact = [*torch.nn.functional.normalize(torch.randn(2, batch, 64, generator=generator).double(), dim=-1)]
+    found = []
+    for kind, loss in ((torch.float64, open_clip.ClipLoss()), (torch.float32, ClipLoss())):
+        leaves = [leaf.to(kind).requires_grad_() for leaf in (*exact, torch.tensor(scale))]
+        value = loss(*leaves)
+        found.append([value.detach(), *torch.autograd.grad(value, leaves)])
+    names = ("loss", "images", "texts", "scale")
+    return {n: ((a - b).abs().max() / a.abs().max()).item() for n, a, b in zip(names, *found, strict=True)}
+
+
+cases = [(batch, scale) for batch in (7, 300) for scale in (1.0, 14.3, 100.0)]
+pd.DataFrame([errors(*case) for case in cases], index=pd.MultiIndex.from_tuples(cases, names=["B", "scale"])).map(
+    "{:.0e}".format
+)
+
+# %% [markdown]
+# What is kept until the backward pass, counted by autograd's own hooks, in numbers per feature (open_clip's loss keeps several matrices):
+
+# %%
+kept: dict[str, float] = {}
+for name, loss in {"open_clip": open_clip.ClipLoss(), "abd_core": ClipLoss()}.items():
+    leaves = [torch.randn(1024, 64, generator=generator).requires_grad_() for _ in range(2)]
+    sizes: dict[int, int] = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t, s=sizes: s.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+    ):
+        loss(*leaves, torch.tensor(10.0))
+    kept[name] = sum(sizes.values()) / (2 * 1024 * 64)
+pd.DataFrame([kept], index=["numbers kept per number in the features"]).round(1)
+
+# %% [markdown]
+# ## The measurement
+#
+# All variants of a case take turns in one process, so a slow moment of the machine meets all of them. Ratios are to the first variant in the legend.
+# The times themselves, with versions and git revision, are in `benchmarks/results.csv`. Devices that have been measured:
+
+# %%
+from abd_core import plots
+
+plots.style()
+measured.groupby(["device", "versions", "benchmark"], sort=False).agg(
+    cases=("case", "nunique"), figures=("value", "size")
+)
+
+# %%
+contrast = measured[measured["benchmark"] == "infonce"]
+plots.speeds(contrast, "forward + backward", title="InfoNCE, loss and gradients: speed");
+
+# %%
+painting = measured[measured["benchmark"] == "perturb"]
+plots.speeds(painting, "forward", title="Perturbing a batch: speed");
+
+# %%
+plots.speeds(painting, "backward", title="The gradient of a perturbation: speed");
+
+# %% [markdown]
+# How near that is to what the machine can do. InfoNCE counts four matrix products; perturbing is bound by memory.
+
+# %%
+measures = {"infonce": "forward + backward", "perturb": "forward"}
+plots.roofline(measured, measures, title="Achieved, and the ceilings of the same run");
+
+# %% [markdown]
+# ## Where a kernel does not matter
+#
+# A training step of the defences, against a plain loop: float32, contiguous tensors, AdamW parameter by parameter.
+
+# %%
+steps = measured[measured["benchmark"] == "training step"]
+plots.speeds(steps, "step", title="Training steps: speed");
+
+# %%
+loss_times = contrast[contrast["variant"].eq("abd_core torch") & contrast["metric"].eq("forward + backward")]
+shares = {}
+for device, part in steps[steps["variant"].eq("ft") & steps["metric"].eq("step")].groupby("device"):
+    small = loss_times[loss_times["device"].eq(device) & loss_times["case"].str.startswith("B=128,")]
+    shares[device] = {"loss at B = 128, ms": small["value"].min(), "training step, ms": part["value"].min()}
+share = pd.DataFrame(shares).T
+share["share of the loss, %"] = 100 * share.iloc[:, 0] / share.iloc[:, 1]
+share.round(2)
+
+# %% [markdown]
+# At the paper's batches of 64 to 128 the loss is a small part of a step, and no kernel for it will be noticed. It is noticed where batches are so large
+# that the matrix does not fit, as in pre-training, and in the memory of any step. What takes the time here is convolutions.
+#
+# ## Summary
+
+# %% tags=["summary"]
+best = measured[measured["variant"].str.startswith("abd_core") & measured["ratio"].notna()]
+for (device, benchmark, metric), part in best.groupby(["device", "benchmark", "metric"], sort=False):
+    ratios = part.groupby("case", sort=False)["ratio"].max()
+    print(f"{device}: {benchmark}, {metric}: {ratios.min():.2f} to {ratios.max():.2f} times the first variant")
+
+# %% [markdown]
+# **What was learnt.** Two vectors stand for the matrix, so memory grows with the batch and not with its square, and the gradient for the scale comes for
+# nothing. The summary says what that gains on which device; a device that is not listed has not been measured.
