@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 import open_clip
 import torch
-from measure import ON, Report, peak_bytes, seconds
+from measure import ON, Report, peak_bytes, product_rate, seconds
+from torch.utils.flop_counter import FlopCounterMode
 
 from abd_core import models
 from abd_core.data import Pairs, load_pairs
@@ -100,10 +101,16 @@ def main() -> None:
         counts[name] += 1
         steps[name](counts[name] % (len(pairs) // BATCH - 1))
 
+    ceiling = product_rate(torch.bfloat16 if LARGE else torch.float32, size=8192 if LARGE else 1024)
+    report.note(case, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
     taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
     report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
     for name, spent in taken.items():
         report.note(case, name, "speed", "images/s", BATCH / spent)
+        with FlopCounterMode(display=False) as counter:
+            next_step(name)
+        report.note(case, name, "operations", "GFLOP", counter.get_total_flops() / 1e9)
+        report.note(case, name, "share of the ceiling", "%", 100 * counter.get_total_flops() / spent / ceiling)
     if LARGE:
         for name in steps:
             report.note(case, name, "peak memory", "MiB", peak_bytes(lambda name=name: next_step(name)) / 2**20)

@@ -161,7 +161,8 @@ plots.matrix(grid, defences, [*in_paper, *beyond], title="ASR, mean ± half the 
 # ## What a defender must own, and how long it takes
 #
 # The first table is what the code of each defence asks for. The times are wall times of one run of the defence (for *none*: of the
-# attacker's fine-tuning); what ABD's search for its perturbation takes (chapter 2) comes on top.
+# attacker's fine-tuning); what ABD's search for its perturbation takes (chapter 2) comes on top. The runs of a grid share the machine with one
+# another and with whatever else it does, so these times are rather too long, and unevenly; chapter 7 has steps that were timed side by side.
 
 # %%
 kinds = {kind.title: kind for kind in DEFENCES.values() if kind.title in defences}

@@ -201,8 +201,14 @@ share.round(2)
 
 # %% [markdown]
 # At the paper's batches of 64 to 128 the loss is a small part of a step, and no kernel for it will be noticed. It is noticed where batches are so large
-# that the matrix does not fit, as in pre-training, and in the memory of any step. What takes the time here is convolutions.
-#
+# that the matrix does not fit, as in pre-training, and in the memory of any step. What takes the time here is convolutions. How much could still be
+# gained is bounded by the share of the matrix product's rate at which the steps run already:
+
+# %%
+whole = steps[steps["metric"].eq("share of the ceiling")].pivot(index="variant", columns="device", values="value")
+whole.reindex(steps["variant"].unique()).dropna(how="all").map("{:.0f} %".format)
+
+# %% [markdown]
 # ## Summary
 
 # %% tags=["summary"]
