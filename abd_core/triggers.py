@@ -236,7 +236,7 @@ class LabelConsistent(BadNet):
         self._check("hiding", below=1)
 
     @classmethod
-    def draw(cls, *, hiding: float = 0.6, **settings: Any) -> Self:
+    def draw(cls, *, hiding: float = 0.75, **settings: Any) -> Self:
         patch = BadNet.draw(**settings)
         return cls(patch.pattern, patch.resolution, patch.target, {**patch.specification, "hiding": hiding})
 
