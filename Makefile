@@ -7,7 +7,7 @@ GRIDS ?= table1 ablations
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu bench grid lab notebooks book data clean
+.PHONY: help demo test test-slow test-gpu bench grid lab notebooks book data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(VENV)/installed-dev ## Run every check and test
 	done
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 	$(BIN)/pytest --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg book/*.ipynb
+
+test-slow: $(VENV)/installed-dev ## Run the tests that take minutes each, which `make test` leaves out
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m long
 
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py
