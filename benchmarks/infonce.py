@@ -21,7 +21,7 @@ if ON.type == "cpu":
     SIZES = {torch.float32: (128, 512, 2048, 4096)}
 else:
     SIZES = {torch.bfloat16: (128, 1024, 4096, 8192, 32768, 65536, 131072), torch.float32: (128, 4096, 8192)}
-LARGEST = {"open_clip": 65536, "open_clip compiled": 65536, "abd_core torch": 8192 if ON.type == "cuda" else 4096}
+LARGEST = {"open_clip": 65536, "open_clip compiled": 65536, "inf-cl": 8192, "abd_core torch": 8192}  # tried
 DIM = 256 if ON.type == "cpu" else 1024
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

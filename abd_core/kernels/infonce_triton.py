@@ -22,7 +22,7 @@ PARTIALS = 1 << 26  # how many of the columns' partial sums there may be at a ti
 BLOCKS = {2: (128, 128, 64), 4: (64, 64, 32)}  # bytes of a number -> rows, columns and features of a tile
 SUMS_WARPS, GRADIENT_WARPS, NUM_STAGES = 4, 8, 3
 LOG2E = math.log2(math.e)
-COMBINED = 1024  # log-sum-exps that a program puts together
+COMBINED, PARTS = 128, 16  # log-sum-exps that a program puts together, and how many parts of each at a time
 GROUP = 8  # tiles of so many blocks of rows come after one another, so that blocks of keys are read from the cache
 
 
@@ -135,20 +135,23 @@ def _combine_kernel(
     weight,
     AGAIN: tl.constexpr,  # `out` holds those of earlier parts
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,  # at a time
 ):
     """Log-sum-exp over all parts in their order, and weight * (log-sum-exp - logit of the positive), summed."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     top = tl.load(out + at, mask=mask, other=0.0) if AGAIN else tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.where(top == -float("inf"), 0.0, 1.0)
-    parts += at
-    for _ in range(0, number):
-        part = tl.load(parts, mask=mask, other=0.0)
-        parts += count
-        higher = tl.maximum(top, part)
+    some = tl.arange(0, PARTS)
+    for start in range(0, number, PARTS):
+        here = parts + (start + some).to(tl.int64)[:, None] * count + at[None, :]
+        part = tl.load(here, mask=(start + some < number)[:, None] & mask[None, :], other=-float("inf"))
+        higher = tl.maximum(top, tl.max(part, 0))
         safe = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp2(top - safe) + tl.exp2(part - safe)
+        total = total * tl.exp2(top - safe) + tl.sum(tl.exp2(part - safe[None, :]), 0)
         top = higher
+    top = tl.where(mask, top, 0.0)
+    total = tl.where(mask, total, 1.0)
     sums = top + tl.log2(total)
     tl.store(out + at, sums, mask=mask)
     gap = tl.where(mask, sums - tl.load(own + at, mask=mask, other=0.0), 0.0)
@@ -246,7 +249,7 @@ def forward(
     rows, columns = own.new_empty(batch if row_weight else 0), own.new_empty(count if column_weight else 0)
     blocks = [triton.cdiv(len(sums), COMBINED) for sums in (rows, columns)]
     terms = own.new_empty(sum(blocks))
-    step = max(1, PARTIALS // max(count, 1) // COMBINED) * COMBINED
+    step = max(1, PARTIALS * block_q // count // COMBINED) * COMBINED
     for start in range(0, batch, step):
         end = min(start + step, batch)
         row_parts = own.new_empty((across, end - start) if row_weight else 0)
@@ -258,10 +261,10 @@ def forward(
         if row_weight:
             many, part = triton.cdiv(end - start, COMBINED), slice(start, end)
             of_loss = terms[start // COMBINED :]
-            sizes = (across, end - start, row_weight / batch / LOG2E, False, COMBINED)
+            sizes = (across, end - start, row_weight / batch / LOG2E, False, COMBINED, PARTS)
             _combine_kernel[(many,)](row_parts, own[part], rows[part], of_loss, *sizes)
         if column_weight:  # as many keys as queries: a column's positive is that of the row
-            sizes = (len(column_parts), count, column_weight / batch / LOG2E, start > 0, COMBINED)
+            sizes = (len(column_parts), count, column_weight / batch / LOG2E, start > 0, COMBINED, PARTS)
             _combine_kernel[(blocks[1],)](column_parts, own, columns, terms[blocks[0] :], *sizes)
     loss = terms.sum()
     if not grads:
