@@ -91,7 +91,7 @@ def _pickled(path: Path) -> Any:
 
 def _folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
-        raise RunError(f"{path}: a folder without config.json: no Hugging Face CLIPModel; pass a weights file")
+        raise RunError(f"missing file: {path / 'config.json'}: a folder is read as a Hugging Face CLIPModel")
     config = read_json(path / "config.json")
     name = huggingface.architecture(config, where=str(path / "config.json"))
     weights: dict[str, torch.Tensor] = {}

@@ -100,8 +100,8 @@ def card(run: Run, *, name: str, transformers: bool) -> str:
         "",
         f"# {_escaped(name)}, {_escaped(config.get('defence', stage))}",
         "",
-        f"A CLIP of open_clip's architecture {_escaped(name)}, from the stage {_escaped(stage)} of *Adversarial Backdoor "
-        "Defense in CLIP*.",
+        f"A CLIP of open_clip's architecture {_escaped(name)}, from the stage {_escaped(stage)} of *Adversarial "
+        "Backdoor Defense in CLIP*.",
         "",
     ]
     if stage == "defend":

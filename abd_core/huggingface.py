@@ -60,8 +60,10 @@ _OUTSIDE = (
     ("visual.proj", "visual_projection.weight"),
 )
 _TRANSPOSED = {"text_projection", "visual.proj"}
-_TOWERS = (("transformer.resblocks.", "text_model.encoder.layers."),)
-_TOWERS += (("visual.transformer.resblocks.", "vision_model.encoder.layers."),)
+_TOWERS = (
+    ("transformer.resblocks.", "text_model.encoder.layers."),
+    ("visual.transformer.resblocks.", "vision_model.encoder.layers."),
+)
 _IN_LAYER = (
     ("ln_1.", "layer_norm1."),
     ("ln_2.", "layer_norm2."),
@@ -98,8 +100,8 @@ def architecture(config: Any, *, where: str) -> str:
                 return name
     shape = f"{vision['num_hidden_layers']} layers of {vision['hidden_size']} on patches of {vision['patch_size']} px"
     raise RunError(
-        f"{where}: open_clip has no architecture of this shape ({shape}, {vision['hidden_act']}): describe it in a JSON "
-        "file as open_clip does, and pass that to open_clip.add_model_config first"
+        f"{where}: open_clip has no architecture of this shape ({shape}, {vision['hidden_act']}): describe it in a "
+        "JSON file as open_clip does, and pass that to open_clip.add_model_config first"
     )
 
 
@@ -108,7 +110,7 @@ def _compared(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(cfg: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The config of the `CLIPModel` that computes what open_clip's architecture `cfg` does; None where there is none."""
+    """The config of the `CLIPModel` that computes what open_clip's architecture `cfg` does; None where none can."""
     if cfg is None or set(cfg) - {"embed_dim", "quick_gelu", "vision_cfg", "text_cfg"}:
         return None
     vision, text = cfg["vision_cfg"], cfg["text_cfg"]

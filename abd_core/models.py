@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -98,8 +99,8 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
         try:
             path = Path(open_clip.pretrained.download_pretrained(tag))
         except Exception as error:  # of several libraries
-            reason = str(error).splitlines()[0] if str(error) else ""
-            raise RunError(f"{name}, {pretrained}: the weights cannot be had: {type(error).__name__} {reason}") from None
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{name}, {pretrained}: no download: {type(error).__name__} {reason}") from None
     if path.is_file() and path.suffix == ".safetensors" and checkpoints.read(path).name:
         return path  # one of ours
     parts = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
@@ -112,7 +113,7 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
 
 
 def save(model: open_clip.CLIP, path: Path, *, name: str = "", half: bool = False) -> None:
-    """Weights as safetensors with the architecture's name (the model's own by default); `half` stores floats as fp16."""
+    """Weights as safetensors with the architecture's name (default: the model's own); `half` stores floats as fp16."""
 
     def stored(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().cpu().contiguous()
@@ -169,29 +170,26 @@ def _fitting(weights: Mapping[str, torch.Tensor], model: open_clip.CLIP, path: P
     return fitting
 
 
-def _computes_quick_gelu(name: str) -> bool:
-    return bool(open_clip.get_model_config(name).get("quick_gelu", False))
+def _cfg(name: str) -> dict[str, Any]:
+    """open_clip's settings of an architecture, `quick_gelu` always among them."""
+    return {"quick_gelu": False, **open_clip.get_model_config(name)}
 
 
 def _same_but_activation(one: str, other: str) -> bool:
-    first, second = (dict(open_clip.get_model_config(name)) for name in (one, other))
-    first.pop("quick_gelu", None), second.pop("quick_gelu", None)
-    return first == second
+    return {**_cfg(one), "quick_gelu": None} == {**_cfg(other), "quick_gelu": None}
 
 
 def _say_activation(name: str, checkpoint: checkpoints.Checkpoint, quick_gelu: bool | None, path: Path) -> None:
     """Warn where the weights were trained with another activation than `name` computes."""
     if quick_gelu is None:
-        quick_gelu = checkpoint.quick_gelu
-    if quick_gelu is None and checkpoint.name:
-        quick_gelu = _computes_quick_gelu(checkpoint.name)
-    here = _computes_quick_gelu(name)
-    titles = {True: "QuickGELU", False: "GELU"}
+        quick_gelu = _cfg(checkpoint.name)["quick_gelu"] if checkpoint.name else checkpoint.quick_gelu
+    titles, here = {True: "QuickGELU", False: "GELU"}, _cfg(name)["quick_gelu"]
     if quick_gelu is not None and quick_gelu != here:
-        other = next((other for other in open_clip.list_models() if other != name and _same_but_activation(other, name)), "")
-        hint = f": use model {other!r}" if other else ""
-        warnings.warn(f"{path}: trained with {titles[quick_gelu]}, but {name} computes {titles[here]}{hint}", stacklevel=3)
-    elif quick_gelu is None and not here and isinstance(open_clip.get_model_config(name)["vision_cfg"].get("layers"), list):
+        twins = [twin for twin in open_clip.list_models() if twin != name and _same_but_activation(twin, name)]
+        hint = f": use model {twins[0]!r}" if twins else ""
+        text = f"{path}: trained with {titles[quick_gelu]}, but {name} computes {titles[here]}{hint}"
+        warnings.warn(text, stacklevel=3)
+    elif quick_gelu is None and not here and isinstance(_cfg(name)["vision_cfg"].get("layers"), list):
         warnings.warn(
             f"{path}: does not say its activation; {name} computes GELU, while the ResNets of OpenAI, open_clip and "
             f"CleanCLIP's code were trained with QuickGELU: use model '{name}-quickgelu' unless these were not",
