@@ -613,25 +613,26 @@ def _tolerate(damaged: Sequence[tuple[str, str]], total: int, max_damaged: float
 
 
 class _Ahead:
-    """What workers have read ahead: the present batch, and the ones that follow."""
+    """What workers have read ahead: the present batch, the next one, and those that follow."""
 
     def __init__(self) -> None:
-        self.batches: Iterator[tuple[list[int], torch.Tensor | AbdError]] = iter(())
-        self.place: dict[int, int] = {}
-        self.pixels: torch.Tensor | None = None
+        self.start(())
 
     def start(self, batches: Iterable[tuple[list[int], torch.Tensor | AbdError]]) -> None:
-        self.batches, self.place, self.pixels = iter(batches), {}, None
+        self.batches = iter(batches)
+        self.held: list[tuple[dict[int, int], tuple[list[int], torch.Tensor | AbdError]]] = []
 
     def take(self, wanted: list[int]) -> torch.Tensor | None:
         """Pixels of these indices where the present batch or the next one has them all, else None."""
-        for _ in range(2):
-            if self.pixels is not None and self.place.keys() >= set(wanted):
-                places = [self.place[index] for index in wanted]
-                return self.pixels if places == list(range(len(self.pixels))) else self.pixels[places]
-            if (batch := next(self.batches, None)) is None:
-                return None
-            self.pixels, self.place = unwrapped(batch), {index: number for number, index in enumerate(batch[0])}
+        while len(self.held) < 2 and (batch := next(self.batches, None)) is not None:
+            self.held.append(({index: number for number, index in enumerate(batch[0])}, batch))
+            if self.held[0][0].keys() >= set(wanted):
+                break  # the next one is not waited for
+        for number, (place, batch) in enumerate(self.held):
+            if place.keys() >= set(wanted):
+                del self.held[:number]
+                pixels, places = unwrapped(batch), [place[index] for index in wanted]
+                return pixels if places == list(range(len(pixels))) else pixels[places]
         return None
 
 
