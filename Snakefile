@@ -11,12 +11,12 @@ import shlex
 import sys
 from pathlib import Path
 
-from abd_core import grid
+from abd_core import grid, notebook
 
 GRIDS = config.get("grids", "table1 ablations").split()
 TABLE = Path(config.get("table", grid.default_table()))
 FILES = [Path(path).resolve() for path in config.get("parameters", "").split()]
-COMMON = grid.common_parameters(FILES, [])
+COMMON = notebook.given_parameters(FILES, [])
 if COMMON and "table" not in config:
     sys.exit("parameters for every cell: --config table=... expected, the committed table is of the defaults")
 LEFT = grid.undone({cell: cell.job(COMMON) for cell in grid.select(GRIDS)}, TABLE)

@@ -156,6 +156,9 @@ class TrainingPairs(Protocol):
     def subset(self, share: float, *, seed: int) -> Self:
         """A seeded share of the pairs, in their order."""
 
+    def take(self, indices: Sequence[int]) -> Self:
+        """The pairs at these indices."""
+
     def plan(self, batches: Iterable[torch.Tensor]) -> None:
         """What `images` will be asked for: batches of indices in their order. It may be read ahead."""
 

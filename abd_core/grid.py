@@ -25,7 +25,6 @@ from typing import Any
 
 import papermill
 import torch
-import yaml
 from papermill.exceptions import PapermillExecutionError
 
 from abd_core import defences, inputs, triggers
@@ -33,8 +32,8 @@ from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, ConfigError, digest, unknown
 from abd_core.defend import DefendConfig, defend
 from abd_core.evaluate import EvaluateConfig, measure
-from abd_core.notebook import stage_configs, stage_parameters
-from abd_core.paths import RunError, atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
+from abd_core.notebook import given_parameters, stage_configs, stage_parameters
+from abd_core.paths import atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import COLUMNS, CONTROLS, VICTIM
 from abd_core.train import progress
@@ -515,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"{name:10} {len(grid.cells()):4} cells on {grid.split}: {sizes}")
         return 0
-    common = common_parameters(given.parameters, given.p)
+    common = given_parameters(given.parameters, given.p)
     if given.job:
         run_one(select(GRIDS), given.job, common)
         return 0
@@ -531,26 +530,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     left = undone({cell: cell.job(common) for cell in cells}, output)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done: {shown(output)}")
     return 1 if failures else 0
-
-
-def common_parameters(files: Sequence[Path], pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """Parameters for every cell, as papermill takes them: `-f` files of YAML, then `-p` names and values.
-
-    Raises:
-        RunError: a file is missing, or holds something else.
-    """
-    common: dict[str, Any] = {}
-    for path in files:
-        try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise RunError(f"missing file: {path}") from None
-        except (UnicodeDecodeError, yaml.YAMLError):
-            raise RunError(f"damaged file: {path}: not YAML") from None
-        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-            raise RunError(f"{path}: names with a value each expected")
-        common |= given
-    return common | {name: value for name, value in pairs}
 
 
 def run_one(cells: Sequence[Cell], key: str, common: Mapping[str, Any] | None = None) -> None:
