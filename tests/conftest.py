@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
+from abd_core import adversary, data, defend, evaluate, explore, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +154,7 @@ def concrete_configs() -> list[type[Config]]:
         adversary.AdversaryConfig,
         defend.DefendConfig,
         evaluate.EvaluateConfig,
+        explore.ExploreConfig,
         results.ResultsConfig,
         results.BenchmarksConfig,
     ]
