@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from abd_core import models
 from abd_core.data import rng
+from abd_core.kernels.perturb import add, blend, warp
 from abd_core.text import tokenize
 from abd_core.train import progress
 
@@ -238,6 +239,72 @@ class Drift(Detector):
 def stamped(images: torch.Tensor, patterns: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     """Each image (M, 3, R, R) under each pattern (S, 3, R, R) with its mask (S, 1, R, R): (S, M, 3, R, R)."""
     return torch.lerp(images[None], patterns[:, None], masks[:, None].expand(-1, -1, 3, -1, -1))
+
+
+# --- response -------------------------------------------------------------------------------------------------
+
+
+def corruptions(resolution: int, source: torch.Generator) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Common changes of whole images (B, 3, R, R) in [0, 1], none of them optimised; lengths are for 64 px."""
+    side, unit = resolution, resolution / 64
+    place = torch.arange(side)
+    found: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+
+    def blended(pattern: torch.Tensor, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: blend(images, pattern.expand(3, side, side), alpha)
+
+    def added(delta: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda images: add(images, delta.expand(3, side, side))
+
+    def warped(points: int, pixels: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        control = 2 * torch.rand(1, 2, points, points, generator=source) - 1
+        flow = F.interpolate(control, (side, side), mode="bicubic", align_corners=True)[0]
+        return lambda images: warp(images, pixels * unit * flow / flow.abs().mean())
+
+    for alpha in (0.1, 0.2):
+        found[f"noise, {alpha:g}"] = blended(torch.rand(3, side, side, generator=source), alpha)
+    for cells in (32, 16, 4):
+        coarse = torch.rand(1, 3, cells, cells, generator=source)
+        found[f"blotches, {cells} a side"] = blended(F.interpolate(coarse, (side, side), mode="nearest")[0], 0.2)
+    found["jitter"] = warped(side, 1.0)
+    found["warp"] = warped(4, 1.5)
+    for cycles in (3, 6):
+        for name, axis in (("columns", place), ("rows", place[:, None])):
+            found[f"waves in {name}, {cycles}"] = added(0.1 * (2 * math.pi * cycles * axis / side).sin())
+    for name, shape in (("columns", (3, 1, side)), ("rows", (3, side, 1))):
+        found[f"stripes in {name}"] = blended(torch.randint(2, shape, generator=source).float(), 0.1)
+    found["blur"] = lambda images: F.avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    return found
+
+
+class Response(Detector):
+    """Where do predictions go under common corruptions: noise, blotches, warps, waves, stripes, blur?
+
+    A trigger that lies all over the image is seldom learnt as exactly that pattern: others of its kind set it off too,
+    while a clean model's answers scatter. The corruptions are drawn afresh and optimised towards nothing; some are of
+    the kind that known attacks use (Blended, SIG, WaNet), so that a trigger of a new kind may show nothing here.
+    """
+
+    name = "response"
+    title = "answers under common corruptions"
+    source = "this project; corruptions after Hendrycks and Dietterich 2019"
+    compares = True
+
+    def __init__(self, *, measured: int = 64) -> None:
+        self.measured = measured
+
+    def measure(self, observed: Observed, *, seed: int, ranked: Sequence[int] = ()) -> Finding:
+        held = observed.images[observed.half :][-self.measured :]
+        changes = corruptions(held.shape[-1], rng(seed, self.name))
+        with progress(stage=self.name, total=len(changes), unit="corruption") as bar:
+            rows = []
+            for change in changes.values():
+                rows.append(moved(observed, change(held)[None])[0])
+                bar.update()
+        return Finding(torch.stack(rows).cpu(), numbers={"corruptions": list(changes)})
+
+    def statistics(self, finding: Finding, baseline: Finding | None) -> dict[str, float]:
+        return {"response": excess(finding, baseline).amax().item()}
 
 
 # --- additive -------------------------------------------------------------------------------------------------
@@ -523,5 +590,5 @@ class Difference(Detector):
 
 DETECTORS: dict[str, type[Detector]] = {
     kind.name: kind
-    for kind in (Drift, Field, Difference, Inversion, Decree)  # later ones are told whom to look at
+    for kind in (Drift, Response, Field, Difference, Inversion, Decree)  # later ones are told whom to look at
 }

@@ -35,10 +35,10 @@ from abd_core.verdict import MODES, STATISTICS, default_table
 SIZE = 40  # members of each kind
 SEEDS = {"poisoned": 200, "clean": 300}  # of the first member; none that the grid tunes or reports on
 SHORT = {"batch_size": 64, "warmup_steps": 20}
-RATES = (0.2, 0.3, 0.1)  # of poison, by turns of all attacks
-LENGTHS = {"poisoned": (3, 2, 4), "clean": (2, 1, 3)}  # epochs
+RATES = (0.3, 0.2, 0.1)  # of poison, by turns of all attacks
+LENGTHS = {"poisoned": (2, 3, 4), "clean": (1, 2, 3)}  # epochs
 PLACES = ("own", "bottom-right", "centre", "top-right")
-SUBSETS = (0, 4000, 2000)  # clean members see all pairs or some
+SUBSETS = (0, 2000, 4000)  # clean members see all pairs or some
 RATE_COLUMNS = ("asr", "ca_top1")
 PAIR_COLUMNS = ("ap_misfit", "ap_gap", "ap_lid", "ap_crowding", "ap_chance")
 SAMPLE = 1500  # training pairs of a victim that are ranked
@@ -89,8 +89,8 @@ def members(size: int = SIZE) -> list[Member]:
             seed=SEEDS["poisoned"] + i,
             trigger_position=place,
         )
-        settings["epochs"] = LENGTHS["clean"][i % 3]
-        limit = SUBSETS[i // 3 % len(SUBSETS)]
+        settings["epochs"] = LENGTHS["clean"][i // 3 % 3]
+        limit = SUBSETS[(i + 1) % len(SUBSETS)] if i % 9 else 0
         other = PoisonConfig(**settings, rate=0.0, limit=limit, seed=SEEDS["clean"] + i)
         found += [Member(i, "poisoned", half, victim), Member(i, "clean", half, other)]
     return found

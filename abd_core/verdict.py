@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 from abd_core.evaluate import Rate, rate
 from abd_core.paths import RunError, data_dir
 
-STATISTICS = ("drift", "field", "inversion", "decree")  # that the regression reads
+STATISTICS = ("drift", "response", "field", "inversion", "decree")  # that the regression reads
 COMPRESSED = ("field", "inversion")  # robust standard deviations without a limit: their logarithm enters
 ROBUST = 2.0  # standard deviations beyond which a statistic is cut, so that no one number decides alone
 RIDGE = 1.0  # penalty of the standardised coefficients
