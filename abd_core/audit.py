@@ -152,6 +152,11 @@ def detectors(preset: str) -> dict[str, Detector]:
     return {name: kind(**(kind.published if preset == "published" else {})) for name, kind in DETECTORS.items()}
 
 
+def settings(preset: str) -> str:
+    """Digest of which detectors there are, and with what settings: others make another audit."""
+    return digest({name: vars(detector) for name, detector in detectors(preset).items()})
+
+
 def _measured(
     detector: Detector, observed: Observed, folder: Path, *, seed: int, ranked: Sequence[int]
 ) -> tuple[Finding, float]:
@@ -166,7 +171,7 @@ def _measured(
 
 def baseline(config: AuditConfig, reference: Path, images: torch.Tensor, names: Sequence[str]) -> Run:
     """Load or make what the comparing detectors measure of clean weights; audits of many suspects share it."""
-    inputs = {"reference": sha256(reference), **_digests(images, names)}
+    inputs = {"reference": sha256(reference), **_digests(images, names), "detectors": settings(config.preset)}
 
     def make(folder: Path) -> Mapping[str, Any]:
         observed = _observe(reference, images, names)
@@ -207,7 +212,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
     suspect, reference = Path(inputs.checkpoint), _reference(inputs)
     names = read_classes(Path(inputs.classes)) if inputs.classes else tuple(class_names())
     images = _images(inputs, config, models.resolution(models.load(suspect)))
-    keys = {"suspect": sha256(suspect), **_digests(images, names)}
+    keys = {"suspect": sha256(suspect), **_digests(images, names), "detectors": settings(config.preset)}
     if reference is not None:
         keys["reference"] = sha256(reference)
 
@@ -242,7 +247,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
             "statistics": {mode: figures for mode, figures in statistics.items() if figures},
             "classes": [names[k] for k in ranked[:10]],
             "suspicion": {name: [round(s[k].item(), 3) for k in ranked[:10]] for name, s in scores.items()},
-            "recovered": {"kind": found.perturbation.mode, "asr": dataclasses.asdict(found.asr)},
+            "recovered": {"kind": found.perturbation.mode, "asr": found.asr and dataclasses.asdict(found.asr)},
             "works": bool(shares.max().item() <= DEGENERATE),
             "largest_share": shares.max().item(),
             "images": len(images),
@@ -274,11 +279,12 @@ class Recovered:
     """A trigger that the audit made: what it is, its success on held-out images, and where the model looks under it.
 
     Attributes:
+        asr: None where the model gives all held-out images to the class anyway.
         saliency: float (R, R) in [0, 1]: mean magnitude of the target cosine's gradient by pixels of stamped images.
     """
 
     perturbation: Perturbation
-    asr: Rate
+    asr: Rate | None
     saliency: torch.Tensor
 
 
@@ -296,28 +302,28 @@ def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps
     starts = {"patch": square, "additive": torch.zeros(3, size, size)}
     held = images[observed.half :]
     other = (observed.predicted[observed.half :] != target).cpu()
-    best: tuple[Rate, Perturbation] | None = None
+    reached: dict[str, float] = {}
+    made: dict[str, tuple[Perturbation, Rate | None]] = {}
     for mode, start in starts.items():
         source = rng(seed, "recover", mode)
         delta = start.to(images.device).requires_grad_()
         optimizer = torch.optim.Adam([delta], lr=0.1 if mode == "patch" else BOUND / 4, betas=(0.5, 0.9))
         for _ in range(steps):
             drawn = torch.randperm(observed.half, generator=source)[:batch]
-            made = Perturbation(mode, delta, size, "fixed", (top, left))
-            features = models.encode_image(observed.model, made(images[drawn]))
+            features = models.encode_image(
+                observed.model, Perturbation(mode, delta, size, "fixed", (top, left))(images[drawn])
+            )
             optimizer.zero_grad()
             (-(features @ observed.classes[target]).mean()).backward()
             optimizer.step()
             with torch.no_grad():
                 delta.clamp_(*((0, 1) if mode == "patch" else (-BOUND, BOUND)))
-        made = Perturbation(mode, delta.detach(), size, "fixed", (top, left))
-        answers = (encode(observed.model, made(held)) @ observed.classes.T).argmax(1).cpu()
+        found = Perturbation(mode, delta.detach(), size, "fixed", (top, left))
+        answers = (encode(observed.model, found(held)) @ observed.classes.T).argmax(1).cpu()
         hits = (answers == target)[other]
-        reached = rate(hits, torch.arange(len(hits)))
-        if best is None or reached.value > best[0].value:
-            best = reached, made
-    assert best is not None
-    asr, perturbation = best
+        asr = rate(hits, torch.arange(len(hits))) if len(hits) else None
+        made[mode], reached[mode] = (found, asr), asr.value if asr else 0.0
+    perturbation, asr = made[max(reached, key=lambda mode: reached[mode])]  # the patch, where both reach the same
     stamped = perturbation(held[:CHUNK]).detach().requires_grad_()
     near = (models.encode_image(observed.model, stamped) @ observed.classes[target]).sum()
     (gradient,) = torch.autograd.grad(near, stamped)
@@ -417,10 +423,13 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
             f'<figure><img alt="{label}" src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>'
         )
 
-    asr = whole["recovered_trigger"]["asr"]
+    trigger = whole["recovered_trigger"]
+    reach = (
+        f"{Rate(**trigger['asr'])} % of {trigger['asr']['n']} images of other classes" if trigger["asr"] else "no image"
+    )
     rows = [[d["title"], d["says"], d["source"]] for d in whole["detectors"].values()]
     figures = [[mode, name, value] for mode, values in whole["statistics"].items() for name, value in values.items()]
-    settings = [[name, value] for part in ("inputs", "config") for name, value in whole[part].items()]
+    given = [[name, value] for part in ("inputs", "config") for name, value in whole[part].items()]
     style = (
         "body{font:15px/1.5 sans-serif;max-width:48em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
         "td,th{border:1px solid #bbb;padding:.2em .6em;text-align:left}figure{display:inline-block;margin:0 1em 0 0}"
@@ -431,8 +440,7 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         f"<p>{html.escape(whole['verdict']['basis'])}</p>",
         f"<p>Suspected target: <b>{html.escape(whole['suspected_target'])}</b>; "
         f"runners-up: {html.escape(', '.join(whole['runners_up']))}.</p>",
-        f"<p>The recovered trigger ({html.escape(whole['recovered_trigger']['kind'])}) sends {Rate(**asr)} % of "
-        f"{asr['n']} images of other classes there.</p>",
+        f"<p>The recovered trigger ({html.escape(trigger['kind'])}) sends {reach} there.</p>",
         "".join(image(name, picture) for name, picture in pictures.items()),
         "<h2>Detectors</h2><p>How far the suspected class stands out, in robust standard deviations.</p>",
         table(["detector", "suspected class", "source"], rows),
@@ -440,7 +448,7 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         table(["against the reference", "statistic", "value"], figures),
         f"<h2>Next step</h2><pre>{html.escape(whole['next_step'])}</pre>",
         "<h2>Settings</h2>",
-        table(["setting", "value"], settings),
+        table(["setting", "value"], given),
     ]
     head = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Audit</title><style>{style}</style></head>'

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from abd_core import models, suspicion
-from abd_core.audit import AuditConfig, AuditInputs, audit
+from abd_core.audit import AuditConfig, AuditInputs, audit, settings
 from abd_core.config import AbdError, digest
 from abd_core.data import class_names, load_pairs, rng
 from abd_core.paths import Run, atomic, read_json, sha256, shown
@@ -67,7 +67,11 @@ class Member:
 
     def key(self, audited: AuditConfig) -> str:
         """Digest of its settings, the audit's and what both read: `run_id` of its row."""
-        read = {"pairs": load_pairs(self.config.limit).digest, "clean": sha256(models.clean_weights())}
+        read = {
+            "pairs": load_pairs(self.config.limit).digest,
+            "clean": sha256(models.clean_weights()),
+            "detectors": settings(audited.preset),
+        }
         return digest({"poison": self.config.to_dict(), "audit": audited.to_dict(), "inputs": read})[:16]
 
 
@@ -79,19 +83,19 @@ def members(size: int = SIZE) -> list[Member]:
         attack = attacks[i % len(attacks)]
         turn = i // len(attacks)
         half = "choose" if (i + turn) % 2 == 0 else "report"
-        settings: dict[str, Any] = {**SHORT, "epochs": LENGTHS["poisoned"][turn % 3]}
+        common: dict[str, Any] = {**SHORT, "epochs": LENGTHS["poisoned"][turn % 3]}
         place = PLACES[turn % len(PLACES)] if "trigger_position" in TRIGGERS[attack].settings else "own"
         victim = PoisonConfig(
-            **settings,
+            **common,
             attack=attack,
             target=names[(37 * i + 17) % len(names)],
             rate=RATES[turn % len(RATES)],
             seed=SEEDS["poisoned"] + i,
             trigger_position=place,
         )
-        settings["epochs"] = LENGTHS["clean"][i // 3 % 3]
+        common["epochs"] = LENGTHS["clean"][i // 3 % 3]
         limit = SUBSETS[(i + 1) % len(SUBSETS)] if i % 9 else 0
-        other = PoisonConfig(**settings, rate=0.0, limit=limit, seed=SEEDS["clean"] + i)
+        other = PoisonConfig(**common, rate=0.0, limit=limit, seed=SEEDS["clean"] + i)
         found += [Member(i, "poisoned", half, victim), Member(i, "clean", half, other)]
     return found
 
@@ -162,7 +166,7 @@ def row(member: Member, model: Run, run: Run, audited: AuditConfig, pairs: Mappi
         **{name: model.metrics["eval"][name]["value"] for name in RATE_COLUMNS},
         "suspected": metrics["classes"][0],
         "target_rank": ranks.get(config.target, "") if bad else "",
-        "recovered_asr": metrics["recovered"]["asr"]["value"],
+        "recovered_asr": (metrics["recovered"]["asr"] or {"value": ""})["value"],
         "works": metrics["works"],
         **figures,
         **{name: pairs.get(name, "") for name in PAIR_COLUMNS},
