@@ -112,7 +112,7 @@ def look(browser: Any, site: str, name: str) -> None:
             )
             serious = [
                 f"{rule['id']}: {rule['nodes'][0]['html'][:160]} ({len(rule['nodes'])})"
-                for rule in found
+                for rule in done.response["violations"]
                 if rule["impact"] in ("serious", "critical")
             ]
             assert not serious, f"{name}, {width} px, {theme}"
