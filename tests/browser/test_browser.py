@@ -107,9 +107,7 @@ def look(browser: Any, site: str, name: str) -> None:
         page.add_style_tag(content="*, ::before, ::after { transition: none !important }")  # colours change at once
         for theme in ("light", "dark") if width == WIDTHS[1] else ("light",):
             page.evaluate(f"document.documentElement.dataset.theme = '{theme}'")
-            found = (
-                axe.Axe().run(page, options={"resultTypes": ["violations"], "preload": False}).response["violations"]
-            )
+            done = axe.Axe().run(page, options={"resultTypes": ["violations"], "preload": False})
             serious = [
                 f"{rule['id']}: {rule['nodes'][0]['html'][:160]} ({len(rule['nodes'])})"
                 for rule in done.response["violations"]
