@@ -169,7 +169,7 @@ def load_or_make(
     Raises:
         RunError: the folder holds another config's run, or a file of the finished run is missing or damaged.
     """
-    key = {"stage": stage, "config": config.to_dict(), "inputs": dict(inputs)}
+    key = {"stage": stage, "config": config.key(), "inputs": dict(inputs)}
     folder = runs_dir() / stage / digest(key)[:12]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -184,7 +184,8 @@ def load_or_make(
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
             leftover.unlink()
         resumed = any(folder.glob("resume.*"))
-        write_json(folder / "config.json", {**key, "environment": environment()})
+        places = {"places": config.places()} if config.places() else {}
+        write_json(folder / "config.json", {**key, **places, "environment": environment()})
         start = time.perf_counter()
         metrics = dict(make(folder))
         metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
