@@ -16,6 +16,7 @@ from abd_core.data import load_pairs, load_test_set
 from abd_core.defences import DEFENCES, DefendConfig, placed
 from abd_core.evaluate import evaluate
 from abd_core.generator import Perturbation
+from abd_core.launch import launcher
 from abd_core.paths import Run, load_or_make, sha256
 
 
@@ -70,4 +71,5 @@ def defend(
         models.save(model, folder / "model.safetensors")
         return {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
 
-    return load_or_make("defend", config, inputs, make, force=force)
+    launch = launcher("defend", config, victim=victim, perturbation=perturbation, clean=clean)
+    return load_or_make("defend", config, inputs, make, force=force, launch=launch if kind.needs_pairs else None)
