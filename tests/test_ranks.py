@@ -21,6 +21,7 @@ import torch
 from conftest import ARCHITECTURE, ROOT, use_stand_in, without_time
 from safetensors.torch import load_file
 
+from abd_core import evaluate as evaluation
 from abd_core import launch, models, ranks, train
 from abd_core.config import ConfigError
 from abd_core.data import load_pairs, load_test_set
