@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from abd_core import models
-from abd_core.data import Pairs, rng
+from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add
 from abd_core.paths import RunError, atomic
 from abd_core.train import progress
@@ -86,7 +86,7 @@ def squares(count: int, resolution: int, sides: tuple[float, float], generator: 
 def search(
     suspect: open_clip.CLIP,
     clean: open_clip.CLIP,
-    pairs: Pairs,
+    pairs: TrainingPairs,
     *,
     seed: int,
     steps: int,

@@ -89,6 +89,7 @@ def agreed(value: bool) -> bool:
 
 @dataclass(frozen=True)
 class _Split:
+    count: int
     micro: int
 
 
@@ -96,8 +97,8 @@ _split: _Split | None = None
 
 
 @contextmanager
-def shared_batch(micro: int = 0) -> Iterator[None]:
-    """What is encoded inside is a batch that the ranks share.
+def shared_batch(count: int, *, micro: int = 0) -> Iterator[None]:
+    """What is encoded inside is a batch of `count` pairs that the ranks share, or some views of each of them.
 
     Args:
         micro: 0, or the number of a rank's rows that are encoded at a time. Their activations are thrown away and
@@ -106,20 +107,26 @@ def shared_batch(micro: int = 0) -> Iterator[None]:
             statistics of `micro` rows.
     """
     global _split
-    before, _split = _split, _Split(micro)
+    before, _split = _split, _Split(count, micro)
     try:
         yield
     finally:
         _split = before
 
 
-def rows(count: int) -> slice:
-    """Those of `count` rows of a shared batch that this rank encodes; all of them outside of one."""
-    if _split is None or world() == 1:
-        return slice(None)
+def share(count: int) -> slice:
+    """Those of `count` rows that are this rank's. Raises ConfigError where they cannot be shared evenly."""
     if count % world():
         raise ConfigError(f"a batch of {count} rows: a multiple of num_processes = {world()} expected")
     return slice(rank(), None, world())
+
+
+def own_rows(count: int) -> slice:
+    """Those of `count` images of pairs that this rank has to read; it encodes no other.
+
+    All of them outside of a shared batch, and where they are but some of its pairs.
+    """
+    return share(count) if _split is not None and _split.count == count else slice(None)
 
 
 def encoded(
@@ -128,7 +135,7 @@ def encoded(
     """`encode(inputs)`, (B, ...) -> (B, D), by `model`; of a shared batch, each rank encodes its rows."""
     if _split is None:
         return encode(inputs)
-    own = inputs[rows(len(inputs))]
+    own = inputs[share(len(inputs))]
     if _split.micro and torch.is_grad_enabled():
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -143,6 +143,7 @@ def fit(
     folder: Path,
     stage: str,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+    plan: Callable[[list[torch.Tensor]], None] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place, resuming from `folder` where an earlier process got part of the way.
 
@@ -151,6 +152,7 @@ def fit(
         count: number of pairs; those of an epoch that are too few for a step are dropped.
         folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
         after_epoch: further figures for an epoch's row.
+        plan: is told this rank's part of an epoch's batches before its first step, `TrainingPairs.plan`.
 
     Returns:
         The history.
@@ -183,12 +185,15 @@ def fit(
             epoch, position = divmod(step, steps)
             if position == 0 or step == start:
                 order = torch.randperm(count, generator=rng(config.seed, stage, "order", epoch))
+                if plan:
+                    ahead = order[position * together : steps * together].split(config.batch_size)
+                    plan([batch[ranks.share(len(batch))] for batch in ahead])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
             optimizer.zero_grad(set_to_none=True)
             figures: dict[str, float] = {}
             for part, batch in enumerate(order[position * together :][:together].split(config.batch_size)):
-                with ranks.shared_batch(config.micro_batch):
+                with ranks.shared_batch(len(batch), micro=config.micro_batch):
                     value, more = loss(Step(batch, epoch, step * config.accumulate + part))
                 more = {"loss": value.item(), **more}
                 if not math.isfinite(more["loss"]):

@@ -35,14 +35,20 @@ blend_alpha: float = 0.0  # weight of a blended trigger; 0: the attack's own (bl
 epochs: int = 10  # passes over the pairs
 batch_size: int = 128  # pairs a step
 lr: float = 1e-3  # peak learning rate
+model: str = ""  # open_clip architecture; "": the one that the weights name (chapter 9: data and weights of one's own)
+pretrained: str = ""  # clean weights: a file, a folder or an open_clip tag of model; "": the embedded base
+pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for many; "": the embedded ones
+test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
+from abd_core.preflight import preflight
 
 (config,) = stage_configs(globals(), poison=PoisonConfig)
 show_configs(config)
+preflight(config)
 
 # %% [markdown]
 # ## The attack
@@ -63,13 +69,12 @@ print(verdict(victim))
 import pandas as pd
 import torch
 
-from abd_core import plots
-from abd_core.data import load_test_set
+from abd_core import inputs, plots
 from abd_core.triggers import load_trigger
 
 plots.style()
 trigger = load_trigger(victim.file("trigger.safetensors"))
-test_set = load_test_set("eval")
+test_set = inputs.test_set(config, "eval", victim.file("model.safetensors"))
 shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(
     {"clean": shown, "triggered": trigger(shown), "difference": plots.amplified(trigger(shown) - shown)},

@@ -40,15 +40,21 @@ lr: float = 2e-4  # Adam's learning rate
 share: float = 0.5  # share of the pairs that the defender holds, seeded
 poison_epochs: int = 10  # attacker: passes over the pairs
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
+model: str = ""  # open_clip architecture; "": the one that the weights name (chapter 9: data and weights of one's own)
+pretrained: str = ""  # clean weights: a file, a folder or an open_clip tag of model; "": the embedded base
+pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for many; "": the embedded ones
+test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
+from abd_core.preflight import preflight
 
 attacker, config = stage_configs(globals(), poison=PoisonConfig, adversary=AdversaryConfig)
 show_configs(attacker, config)
+preflight(attacker, config)
 
 # %%
 victim = poison(attacker)
@@ -64,8 +70,7 @@ found = adversary(config, victim.file("model.safetensors"))
 import pandas as pd
 import torch
 
-from abd_core import models, plots, similarity
-from abd_core.data import load_test_set
+from abd_core import inputs, models, plots, similarity
 from abd_core.evaluate import similarities
 from abd_core.generator import Perturbation
 from abd_core.triggers import load_trigger
@@ -73,7 +78,7 @@ from abd_core.triggers import load_trigger
 plots.style()
 perturbation = Perturbation.load(found.file("perturbation.safetensors"))
 on_the_way = Perturbation.load(found.file("stages.safetensors")).delta
-test_set = load_test_set("dev")
+test_set = inputs.test_set(config, "dev", victim.file("model.safetensors"))
 shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(
     {
@@ -101,7 +106,7 @@ plots.curves(history, x="step", panels=panels, title="Losses of the adversary", 
 # Chapter 6 looks closer.
 
 # %%
-weights = {"clean model": models.clean_weights(), "victim": victim.file("model.safetensors")}
+weights = {"clean model": inputs.clean_weights(config), "victim": victim.file("model.safetensors")}
 encoders = {name: models.load(path) for name, path in weights.items()}
 answers = {
     name: pd.Series([test_set.class_names[i] for i in similarities(model, test_set, change=perturbation).argmax(1)])

@@ -35,6 +35,10 @@ epochs: int = 3  # defence: passes over the pairs
 lr: float = 0.0  # defence: peak learning rate; 0: the defence's own
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 poison_epochs: int = 10  # attacker: passes over the pairs
+model: str = ""  # open_clip architecture; "": the one that the weights name (chapter 9: data and weights of one's own)
+pretrained: str = ""  # clean weights: a file, a folder or an open_clip tag of model; "": the embedded base
+pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for many; "": the embedded ones
+test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%
@@ -42,11 +46,13 @@ from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.defend import DefendConfig, defend
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
+from abd_core.preflight import preflight
 
 attacker, searcher, config = stage_configs(
     globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig
 )
 show_configs(attacker, searcher, config)
+preflight(attacker, searcher, config)
 
 # %%
 victim = poison(attacker)
@@ -62,8 +68,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from abd_core import models, plots, similarity
-from abd_core.data import class_index, load_test_set
+from abd_core import inputs, models, plots, similarity
+from abd_core.data import class_index
 from abd_core.evaluate import prompt_features, zero_shot_weights
 from abd_core.generator import Perturbation
 from abd_core.paths import shown
@@ -72,7 +78,7 @@ from abd_core.triggers import load_trigger
 plots.style()
 trigger = load_trigger(victim.file("trigger.safetensors"))
 perturbation = Perturbation.load(found.file("perturbation.safetensors"))
-test_set = load_test_set("eval")
+test_set = inputs.test_set(config, "eval", victim.file("model.safetensors"))
 names, labels = test_set.class_names, test_set.labels
 original = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(
@@ -95,7 +101,7 @@ plots.images(
 
 # %%
 weights = {
-    "clean base": models.clean_weights(),
+    "clean base": inputs.clean_weights(config),
     "victim": victim.file("model.safetensors"),
     "defended": defended.file("model.safetensors"),
 }
@@ -107,8 +113,8 @@ images = {
 
 # %%
 cosines, goal = {}, class_index(names, trigger.target)
-for name, model in encoders.items():
-    prompts = prompt_features(model, names, test_set.templates)
+for name, encoder in encoders.items():
+    prompts = prompt_features(encoder, names, test_set.templates)
     cosines[name] = similarity.cosines(images[name], prompts, labels, target=goal, seed=config.seed)
 
 
@@ -179,8 +185,8 @@ moves.assign(n=len(test_set)).rename_axis("all test images [95 % interval]")
 
 # %%
 answers = {}
-for name, model in encoders.items():
-    classifier = zero_shot_weights(model, names, test_set.templates).cpu()
+for name, encoder in encoders.items():
+    classifier = zero_shot_weights(encoder, names, test_set.templates).cpu()
     answers[name] = {kind: (seen @ classifier.T).argmax(1) for kind, seen in images[name].items()}
 drifts = {
     f"{name}, {kind}": similarity.drift(given["original"], given[kind], labels, names)

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
+from abd_core import adversary, data, defend, evaluate, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +40,7 @@ def use_stand_in(folder: Path, put: Callable[[Any, str, Any], object] = setattr)
     open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
     put(models, "clean_weights", lambda: folder / "base.safetensors")
     one_view = functools.partial(data.load_test_set, views=1)
-    for module in (pretrain, poison, defend, evaluate):
+    for module in (pretrain, inputs):
         put(module, "load_test_set", one_view)
 
 

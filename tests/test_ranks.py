@@ -74,7 +74,10 @@ def gradients(case: str) -> dict[str, torch.Tensor]:
     model.train()
     if config.batch_norm == "frozen":
         freeze_batch_norm(model)
-    with ranks.synchronised(model, on=sharing.get("sync", False)), ranks.shared_batch(sharing.get("micro", 0)):
+    with (
+        ranks.synchronised(model, on=sharing.get("sync", False)),
+        ranks.shared_batch(BATCH, micro=sharing.get("micro", 0)),
+    ):
         value = made.loss(model, Step(torch.randperm(PAIRS)[:BATCH], 0, 5))
         value.backward()
     ranks.average_gradients(model)
@@ -201,7 +204,7 @@ def test_a_few_rows_at_a_time_keep_the_activations_of_those_alone(stand_in: Path
     sizes = {}
     for micro in (0, 3):
         kept.clear()
-        with ranks.shared_batch(micro), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with ranks.shared_batch(12, micro=micro), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             models.encode_image(model, images)
         sizes[micro] = sum(kept)
     assert sizes[3] < sizes[0] / 10
@@ -210,7 +213,7 @@ def test_a_few_rows_at_a_time_keep_the_activations_of_those_alone(stand_in: Path
 def test_batch_norm_counts_rows_once_that_are_encoded_twice(stand_in: Path):
     model = models.build(ARCHITECTURE).train()
     images = torch.rand(12, 3, 64, 64)
-    with ranks.shared_batch(4):
+    with ranks.shared_batch(12, micro=4):
         features = models.encode_image(model, images)
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before["visual.bn1.num_batches_tracked"] == 3
@@ -290,14 +293,15 @@ def test_a_shared_evaluation_gives_the_counts_of_one_process(processes: int, sta
         assert json.loads((shares(processes) / f"{rank}.json").read_text()) == alone
 
 
-def test_rows_come_back_in_their_order_and_must_be_shared_evenly(monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_has_every_so_many_th_row_of_a_whole_batch_and_all_rows_of_a_part(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ranks, "world", lambda: 4)
     monkeypatch.setattr(ranks, "rank", lambda: 1)
-    assert ranks.rows(7) == slice(None)
-    with ranks.shared_batch():
-        assert list(range(8))[ranks.rows(8)] == [1, 5]
-        with pytest.raises(ConfigError, match="a batch of 7 rows: a multiple of num_processes = 4 expected"):
-            ranks.rows(7)
+    assert ranks.own_rows(8) == slice(None)
+    with ranks.shared_batch(8):
+        assert list(range(8))[ranks.own_rows(8)] == [1, 5]
+        assert ranks.own_rows(4) == slice(None)
+    with pytest.raises(ConfigError, match="a batch of 7 rows: a multiple of num_processes = 4 expected"):
+        ranks.share(7)
 
 
 def test_a_rank_that_is_not_the_first_writes_nothing_and_shows_no_bar(
