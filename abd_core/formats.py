@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from abd_core import models, sources
+from abd_core import models, ranks, sources
 from abd_core.config import AbdError, ConfigError, digest, unknown
 from abd_core.paths import RunError, atomic, cache_dir
 

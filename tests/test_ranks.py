@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURE, ROOT, use_stand_in, without_time
+from PIL import Image
 from safetensors.torch import load_file
 
 from abd_core import evaluate as evaluation
@@ -27,6 +28,7 @@ from abd_core.config import ConfigError
 from abd_core.data import load_pairs, load_test_set
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence, freeze_batch_norm
 from abd_core.defend import defend
+from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
 from abd_core.paths import RunError, read_json
 from abd_core.poison import PoisonConfig, poison
@@ -302,6 +304,25 @@ def test_a_rank_has_every_so_many_th_row_of_a_whole_batch_and_all_rows_of_a_part
         assert ranks.own_rows(4) == slice(None)
     with pytest.raises(ConfigError, match="a batch of 7 rows: a multiple of num_processes = 4 expected"):
         ranks.share(7)
+
+
+def test_a_rank_reads_only_its_own_images_of_a_batch(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = ["image,caption"]
+    for number in range(4):
+        Image.new("RGB", (20, 20), (50 * number + 50, 0, 0)).save(tmp_path / f"{number}.png")
+        rows.append(f"{number}.png,picture {number}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+    pairs = load_image_pairs(str(tmp_path / "pairs.csv"), resolution=16)
+    order = torch.tensor([2, 0, 3, 1])
+    whole = pairs.images(order, seed=0, step=0)
+    assert (whole.amax((1, 2, 3)) > 0).all()
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    for number in (2, 3):  # they are the other rank's
+        (tmp_path / f"{number}.png").unlink()
+    with ranks.shared_batch(4):
+        own = pairs.images(order, seed=0, step=0)
+    assert torch.equal(own[1::2], whole[1::2]) and not own[::2].any()
 
 
 def test_a_rank_that_is_not_the_first_writes_nothing_and_shows_no_bar(
