@@ -25,8 +25,10 @@ import inspect
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -86,7 +88,7 @@ def _launch(job: Mapping[str, Any], processes: int) -> None:
             monitor_interval=0.2,
         )
         try:
-            with _threads(processes), _quiet():
+            with _threads(processes), _quiet(), _own_signals():
                 elastic_launch(settings, sys.executable)(*PROGRAM, str(file))
         except ChildFailedError as error:
             said = Path(folder) / "errors"
@@ -108,6 +110,25 @@ def _threads(processes: int) -> Iterator[None]:
         yield
     finally:
         del os.environ["OMP_NUM_THREADS"]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """The launcher's signal handlers go when it ends, and an interrupt is one: a notebook's kernel lives on."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
