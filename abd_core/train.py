@@ -19,15 +19,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from abd_core.config import AbdError, Config, ConfigError, option
+from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
 from abd_core.paths import RunError, atomic
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
-
-
-class TrainingError(AbdError):
-    """A loss or a weight stopped being a finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)
