@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless where it is shown: on a terminal, in HTML and Markdown, in a figure, in a CSV cell.
+"""Text that others wrote, made harmless where it is shown: on a terminal, in HTML, Markdown, a figure or a CSV cell.
 
 Captions, class names, labels of a table and paths come from outside. A terminal obeys control sequences in them, a
 browser tags and scripts, a spreadsheet formulas. Whoever prints or stores such text passes it through one of these

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abd_core.config import unknown
 from abd_core.kernels.perturb import perturb
-from abd_core.paths import RunError, atomic, data_dir
+from abd_core.paths import RunError, atomic, data_dir, regular
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
@@ -81,13 +80,12 @@ def load(path: Path) -> open_clip.CLIP:
     Raises:
         RunError: the file is missing, is no safetensors file, or its tensors do not fit the architecture that it names.
     """
+    regular(path)
     try:
         with safe_open(path, framework="pt") as f:
             name = (f.metadata() or {}).get("model", "")
             weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except OSError:
-        raise RunError(f"missing file: {path}") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"damaged file: {path}: not safetensors ({error})") from None
     if name not in open_clip.list_models():
         raise RunError(f"{path}: its metadata names the model {name!r}, which open_clip does not know")

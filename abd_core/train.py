@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from abd_core.data import rng
 from abd_core.paths import RunError, atomic
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
+COLLAPSED = 1e-5  # unit features that differ by less are one and the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +95,40 @@ def load_resume(path: Path) -> dict[str, Any] | None:
         raise RunError(f"damaged file: {path}: {type(error).__name__}; delete its folder, or pass force=True") from None
 
 
-def check_finite(model: torch.nn.Module, where: str) -> None:
+def check_finite(model: torch.nn.Module, where: str, advice: str = "") -> None:
     """Raises TrainingError, naming the first tensor, where a weight or a running statistic is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(f"{where}: {name} holds NaN or infinity")
+            raise TrainingError(f"{where}: {name} holds NaN or infinity{advice}")
+
+
+class Features:
+    """Looks on as images are encoded, so that features that have become one and the same are noticed.
+
+    It keeps the last batch's, and nothing is computed before `check`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.last: torch.Tensor | None = None
+        tower = getattr(model, "visual", None)
+        self.hook = tower.register_forward_hook(self._keep) if tower is not None else None
+
+    def _keep(self, tower: torch.nn.Module, inputs: Any, features: torch.Tensor) -> None:
+        self.last = features.detach()
+
+    def check(self, where: str) -> None:
+        """Raises TrainingError where all images of the last batch have one feature, up to rounding in half precision.
+
+        A batch has different images, and no CLIP that is of any use takes them for the same.
+        """
+        if self.last is not None and len(self.last) > 1:
+            unit = torch.nn.functional.normalize(self.last.float(), dim=-1)
+            if (unit - unit[0]).abs().max() < COLLAPSED:
+                raise TrainingError(f"{where}: collapsed features: the model takes all images of a batch for the same")
+
+    def close(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
 
 
 def fit(
@@ -123,7 +154,8 @@ def fit(
 
     Raises:
         ConfigError: fewer pairs than a batch.
-        TrainingError: the loss or a weight became NaN or infinite.
+        TrainingError: the loss or a weight became NaN or infinite, or all images got the same feature. The checkpoint
+            before it is left as it was.
     """
     steps = count // config.batch_size
     if steps == 0:
@@ -136,8 +168,8 @@ def fit(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         start, rows, sums = resume["step"], resume["rows"], resume["sums"]
-    saved = time.monotonic()
-    with progress(stage=stage, total=total, initial=start) as bar:
+    saved, features = time.monotonic(), Features(model)
+    with closing(features), progress(stage=stage, total=total, initial=start) as bar:
         for step in range(start, total):
             epoch, position = divmod(step, steps)
             if position == 0 or step == start:
@@ -148,9 +180,9 @@ def fit(
             value, figures = loss(Step(batch, epoch, step))
             figures = {"loss": value.item(), **figures}
             if not math.isfinite(figures["loss"]):
-                raise TrainingError(
-                    f"{stage}: loss is {figures['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
-                )
+                where, advice = f"epoch {epoch}, step {step}", f"lower lr = {config.lr:g}"
+                check_finite(model, f"{stage}: loss is {figures['loss']} at {where}", f": {advice}")
+                raise TrainingError(f"{stage}: loss is {figures['loss']} at {where}: {advice}")
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
@@ -159,6 +191,7 @@ def fit(
             sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
             bar.update()
             if position == steps - 1:
+                features.check(f"{stage}: epoch {epoch}, step {step}")
                 row = {"epoch": epoch + 1, **{name: s / steps for name, s in sums.items()}}
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}

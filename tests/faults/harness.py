@@ -41,7 +41,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+CHECKOUT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 from conftest import ARCHITECTURE, LAYOUT, ROOT, use_stand_in, without_time, write_stand_in
 
 from abd_core import adversary as adversary_module
@@ -75,7 +76,7 @@ VARIANTS: dict[str, dict[str, Config]] = {
     },
 }
 WAITING = "is in use by another process: waiting for it"
-MEGABYTE = 1 << 20
+PATIENCE = 300  # seconds after which a run is taken for stuck
 
 
 # --- one run in a process of its own ----------------------------------------------------------------------------------
@@ -159,9 +160,12 @@ class Child:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code is not None
 
-    def wait(self, at_work: Callable[[], object] = lambda: None) -> int:
+    def wait(self) -> int:
         while not self.over():
-            at_work()
+            if time.monotonic() - self.started > PATIENCE:
+                os.kill(self.pid, signal.SIGKILL)
+                os.waitpid(self.pid, 0)
+                raise Broken(f"no end after {PATIENCE} s")
             time.sleep(0.005)
         assert self.code is not None
         return self.code
@@ -468,37 +472,6 @@ def two_processes(bench: Bench, stage: str, variant: str, draw: random.Random) -
     return Outcome(0.0, 0, reads)
 
 
-def out_of_memory(bench: Bench, stage: str, variant: str, draw: random.Random) -> Outcome:
-    """Memory that ends in the middle of a run: one line names what to lower, and a rerun with enough ends as ever."""
-    reference, config, place = bench.reference(stage, variant), VARIANTS[stage][variant], bench.place()
-
-    def short() -> None:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        room = used + int(draw.uniform(1, 3) * MEGABYTE)
-        encode, left = train.progress, draw.randrange(2)
-
-        def then(**options: Any) -> Any:
-            if left == 0:
-                resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
-            return encode(**options)
-
-        train.progress = adversary_module.progress = then
-        if left:
-            resource.setrlimit(resource.RLIMIT_AS, (room + 24 * MEGABYTE, resource.RLIM_INFINITY))
-
-    child = Child(stage, config, place, short)
-    child.wait()
-    error = child.result().get("error", "")
-    if child.code != 3 or "out of memory: lower batch_size" not in error:
-        raise Broken(f"exit {child.code}: {error or child.printed()[-300:]}")
-    reads, step = read_all(place), saved_step(place)
-    again = Child(stage, config, place)
-    again.wait()
-    compare(again, reference, step=step)
-    shutil.rmtree(place.runs)
-    return Outcome(0.0, step, reads, error)
-
-
 FAULTS: dict[str, Callable[[Bench, str, str, random.Random], Outcome]] = {
     "SIGKILL": signalled(signal.SIGKILL, (-signal.SIGKILL,)),
     "SIGTERM": signalled(signal.SIGTERM, (-signal.SIGTERM,)),
@@ -506,7 +479,6 @@ FAULTS: dict[str, Callable[[Bench, str, str, random.Random], Outcome]] = {
     "full disk": full_disk,
     "clock jump": clock_jump,
     "two processes": two_processes,
-    "out of memory": out_of_memory,
 }
 
 
@@ -565,7 +537,9 @@ def main() -> int:
                     rows.append(measure(bench, fault, stage, trial))
                     write_table(given.output, rows)
                     row = rows[-1]
-                    print(f"{fault}, {stage} ({row['variant']}), trial {trial}: survived: {row['survived']} {row['note']}")
+                    print(
+                        f"{fault}, {stage} ({row['variant']}), trial {trial}: survived: {row['survived']} {row['note']}"
+                    )
     lost = [row for row in rows if row["survived"] != "yes"]
     print(f"{len(rows) - len(lost)} of {len(rows)} disturbances survived: {given.output}")
     return 1 if lost else 0
