@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 GRIDS ?= table1 ablations
 PROCESSES ?= 2
+KILLS ?= 30
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench grid lab notebooks book data clean
+.PHONY: help demo test test-slow test-faults test-gpu fuzz lock bench grid lab notebooks book data clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  The environment is made in $(VENV) by $(PYTHON); choose another with PYTHON=python3.12."
 
 demo: $(VENV)/installed ## Poison a CLIP, defend it with ABD, print clean accuracy and attack success before and after
@@ -32,6 +34,9 @@ test: $(VENV)/installed-dev ## Run every check and test
 
 test-slow: $(VENV)/installed-dev ## Run the tests that take minutes each, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m long
+
+test-faults: $(VENV)/installed-dev ## Kill the stages, fill the disk and so on, 20 minutes: KILLS=30 a stage
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py --kills $(KILLS)
 
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py

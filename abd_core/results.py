@@ -294,8 +294,9 @@ def claims(table: pd.DataFrame) -> list[str]:
     def sentence(row: Any) -> str:
         defence, against = spoken(row.defence), spoken(row.against)
         relation = "the same {} as" if row.paper == 0 else f"a {'lower' if row.paper < 0 else 'higher'} {{}} than"
+        attack = escape.markdown(row.attack)
         return (
-            f"**{row.verdict}**: on *{escape.markdown(row.attack)}*, {defence} has {relation.format(METRICS[row.metric])} {against}: "
+            f"**{row.verdict}**: on *{attack}*, {defence} has {relation.format(METRICS[row.metric])} {against}: "
             f"{100 * row.paper:+.2f} points in the paper, {shown_difference(row)} here (seeds: {row.seeds})"
         )
 

@@ -1,4 +1,4 @@
-"""Stages whose process is killed, whose disk is full, or that meet another process; the long form is `make test-faults`.
+"""Stages that are killed, find the disk full, or meet another process; the long form is `make test-faults`.
 
 The harness does the work, here as there; these tests also show that it would notice a broken promise.
 """
