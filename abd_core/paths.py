@@ -228,8 +228,13 @@ def load_or_make(
         resumed = any(folder.glob("resume.*"))
         write_json(folder / "config.json", {**key, "environment": environment()})
         start = time.perf_counter()
-        with _told(stage, config):
-            metrics = dict(make(folder))
+        try:
+            with _told(stage, config):
+                metrics = dict(make(folder))
+        except AbdError:
+            if {path.name for path in folder.iterdir()} <= {".lock", "config.json"}:
+                shutil.rmtree(folder)  # nothing was made: bad input leaves no trace
+            raise
         metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
         hidden = (".", "resume.", "manifest.json")
         files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(hidden))

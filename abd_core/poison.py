@@ -18,7 +18,7 @@ from abd_core.evaluate import evaluate
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import TEMPLATES, tokenize
-from abd_core.train import Step, TrainConfig, fit
+from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
 from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
 
 ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and costs no more than this CA
@@ -113,6 +113,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     """
     target = class_index(class_names(), config.target)
     pairs = load_pairs(config.limit)
+    steps_an_epoch(len(pairs), config.batch_size)
     clean = models.clean_weights()
     attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)

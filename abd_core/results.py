@@ -312,7 +312,7 @@ def findings(table: pd.DataFrame) -> list[str]:
             f"**{side}** on {', '.join(f'*{escape.markdown(attack)}*' for attack in attacks)}"
             for side, attacks in sides
         )
-        lines.append(f"{METRICS[metric]} of {defence} against that of {spoken(against)}: {told}")
+        lines.append(f"{METRICS[metric]} of {escape.markdown(defence)} against that of {spoken(against)}: {told}")
     return lines
 
 

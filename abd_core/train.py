@@ -131,6 +131,13 @@ class Features:
             self.hook.remove()
 
 
+def steps_an_epoch(count: int, batch_size: int) -> int:
+    """Whole batches among `count` pairs. Raises ConfigError where there is none."""
+    if count < batch_size:
+        raise ConfigError(f"batch_size = {batch_size}: at most {count} expected, the number of pairs")
+    return count // batch_size
+
+
 def fit(
     model: open_clip.CLIP,
     loss: Callable[[Step], tuple[torch.Tensor, dict[str, float]]],
@@ -157,9 +164,7 @@ def fit(
         TrainingError: the loss or a weight became NaN or infinite, or all images got the same feature. The checkpoint
             before it is left as it was.
     """
-    steps = count // config.batch_size
-    if steps == 0:
-        raise ConfigError(f"batch_size = {config.batch_size}: at most {count} expected, the number of pairs")
+    steps = steps_an_epoch(count, config.batch_size)
     total = steps * config.epochs
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
