@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
 COLLAPSED = 1e-5  # unit features that differ by less are one and the same
@@ -86,8 +86,11 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     """What `save_resume` wrote, or None where there is nothing. Raises RunError where the file is damaged."""
     if not path.exists():
         return None
+    regular(path)
     try:
         with zipfile.ZipFile(path) as parts:  # torch.load leaves the parts' checksums unread
+            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise zipfile.BadZipFile(packed[0])  # torch compresses nothing; what unpacks may never end
             if damaged := parts.testzip():
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, weights_only=True, map_location="cpu")
