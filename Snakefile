@@ -4,21 +4,26 @@
 #     snakemake --profile profiles/slurm --jobs 50 --config grids="table1 ablations" # on Slurm
 #
 # It shares records, runs and table with `make grid`: either goes on where the other one stopped. Another table than the
-# committed one: `--config grids=table1 table=mine.csv`.
+# committed one: `--config grids=table1 table=mine.csv`. Parameters for every cell, such as the paper's settings and
+# data of one's own: `--config parameters=profiles/paper/03_defend.yaml table=mine.csv` (several files: with spaces).
 
 import shlex
 import sys
 from pathlib import Path
 
-from abd_core import grid
+from abd_core import grid, notebook
 
 GRIDS = config.get("grids", "table1 ablations").split()
 TABLE = Path(config.get("table", grid.default_table()))
-LEFT = grid.undone({cell: cell.job() for cell in grid.select(GRIDS)}, TABLE)
+FILES = [Path(path).resolve() for path in config.get("parameters", "").split()]
+COMMON = notebook.given_parameters(FILES, [])
+if COMMON and "table" not in config:
+    sys.exit("parameters for every cell: --config table=... expected, the committed table is of the defaults")
+LEFT = grid.undone({cell: cell.job(COMMON) for cell in grid.select(GRIDS)}, TABLE)
 CHAINS = [job.chain() for job in LEFT.values()]
 JOBS = {job.key: job for chain in CHAINS for job in chain}
 RECORD = str(grid.folder() / "{key}.json")
-RUN = f"{sys.executable} -m abd_core.grid"
+RUN = " ".join([sys.executable, "-m abd_core.grid", *(f"-f {shlex.quote(str(path))}" for path in FILES)])
 
 
 def keys(stage):

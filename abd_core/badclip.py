@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from abd_core import models
 from abd_core.config import TrainingError, derive_seed
-from abd_core.data import Pairs, rng
+from abd_core.data import TrainingPairs, rng
 from abd_core.text import tokenize
 
 BATCH_SIZE = 64  # of the reference code
@@ -50,7 +50,7 @@ def optimise(
     put: Callable[[torch.Tensor, torch.Tensor, torch.Generator], torch.Tensor],
     *,
     model: open_clip.CLIP,
-    pairs: Pairs,
+    pairs: TrainingPairs,
     target: str,
     seed: int,
     steps: int,
@@ -76,7 +76,7 @@ def optimise(
 
     def drawn(of_target: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Images, and features of images and captions, of `VIEWS` random pairs of the target or of the others."""
-        among = torch.tensor([i for i, label in enumerate(pairs.labels) if (label == target) == of_target])
+        among = (pairs.shows(target) == of_target).nonzero().flatten()
         indices = among[torch.randint(len(among), (VIEWS,), generator=source)]
         images = pairs.images(indices, seed=views, step=int(of_target))
         # A view has a caption of its own, as if it were seen in an epoch of its own.

@@ -44,13 +44,20 @@ def option(
     le: float | None = None,
     lt: float | None = None,
     choices: Iterable[str] | None = None,
+    place: bool = False,
 ) -> Any:
-    """A dataclass field with its help and what is allowed: bounds for numbers, `choices` for strings."""
+    """A dataclass field with its help and what is allowed: bounds for numbers, `choices` for strings.
+
+    Args:
+        place: it says where or how something is found that enters a run's key by its own digest, so the setting itself
+            is no part of the key: data that has moved makes no other run.
+    """
     bounds = {"≥": ge, ">": gt, "≤": le, "<": lt}
     metadata = {
         "help": help,
         "bounds": {sign: value for sign, value in bounds.items() if value is not None},
         "choices": None if choices is None else tuple(choices),
+        "place": place,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -156,9 +163,19 @@ class Config:
         return cls(**parameters)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that are read."""
+        """The settings that are read; of the places, those that are not at their default."""
+        return {**self.key(), **self.places()}
+
+    def key(self) -> dict[str, Any]:
+        """The settings that tell runs apart: those that are read, without places."""
         unread = self._unread()
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unread}
+        kept = [f.name for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
+        return {name: getattr(self, name) for name in kept}
+
+    def places(self) -> dict[str, Any]:
+        """The places that are not at their default."""
+        given = [f for f in dataclasses.fields(self) if f.metadata["place"] and getattr(self, f.name) != f.default]
+        return {f.name: getattr(self, f.name) for f in given}
 
     def replace(self, **changes: Any) -> Self:
         return type(self).from_parameters({**self.to_dict(), **changes})

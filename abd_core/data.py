@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -122,10 +123,50 @@ def class_names() -> list[str]:
 
 
 def class_index(names: Sequence[str], target: str) -> int:
-    """Where `target` stands among the class names. Raises ConfigError where it is none of them."""
+    """Where `target` stands among the class names. Raises ConfigError where it is none of them, or two."""
     if target not in names:
         raise unknown("class", target, names)
+    if list(names).count(target) > 1:  # ImageNet has two missiles and two pairs of sunglasses
+        raise ConfigError(
+            f"class {target!r}: {list(names).count(target)} classes have that name; choose another target"
+        )
     return list(names).index(target)
+
+
+class TrainingPairs(Protocol):
+    """Image-caption pairs as the stages use them: the embedded `Pairs`, or `formats.ImagePairs` of one's own."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def resolution(self) -> int:
+        """Side of the images in pixels."""
+
+    @property
+    def digest(self) -> str:
+        """Identity of the pairs, for a run's key."""
+
+    @property
+    def ids(self) -> Sequence[Any]:
+        """Stable sample ids, for seeds and records."""
+
+    def shows(self, target: str) -> torch.Tensor:
+        """Which pairs show the target by their captions, bool (N,)."""
+
+    def subset(self, share: float, *, seed: int) -> Self:
+        """A seeded share of the pairs, in their order."""
+
+    def take(self, indices: Sequence[int]) -> Self:
+        """The pairs at these indices."""
+
+    def plan(self, batches: Iterable[torch.Tensor]) -> None:
+        """What `images` will be asked for: batches of indices in their order. It may be read ahead."""
+
+    def images(self, indices: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
+        """The images of the pairs `indices` (B,): float (B, 3, R, R) in [0, 1], on any device."""
+
+    def captions(self, indices: torch.Tensor, *, seed: int, epoch: int) -> list[str]:
+        """One caption a pair."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +216,13 @@ class Pairs:
 
         return Pairs(pick(self.cells), pick(self.labels), pick(self.tags), pick(self.ids))
 
+    def shows(self, target: str) -> torch.Tensor:
+        """Which pairs have the target's name, bool (N,)."""
+        return torch.tensor([label == target for label in self.labels], dtype=torch.bool)
+
+    def plan(self, batches: Iterable[torch.Tensor]) -> None:
+        """Nothing is read ahead: the artwork is in memory."""
+
     def images(self, indices: torch.Tensor, *, seed: int, step: int, views: Views = TRAIN_VIEWS) -> torch.Tensor:
         """Fresh views of the pairs `indices` (B,): float (B, 3, 64, 64) in [0, 1]."""
         return views(self._artwork[indices], rng(seed, "views", step))
@@ -221,6 +269,7 @@ class TestSet:
         class_names: K names.
         templates: prompt templates with one `{}`.
         split: "dev" or "eval".
+        identity: digest of all of it where that is known already; "": it is taken from the fields.
     """
 
     __test__ = False  # not a pytest class
@@ -230,13 +279,14 @@ class TestSet:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     split: str
+    identity: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @functools.cached_property
     def digest(self) -> str:
-        return digest(
+        return self.identity or digest(
             [derive_seed(self.images.numpy().tobytes()), self.labels.tolist(), self.class_names, self.templates]
         )
 

@@ -21,9 +21,10 @@ from open_clip.transform import OPENAI_DATASET_MEAN
 from abd_core import models
 from abd_core.augment import auto_augment, crop_colour_blur, random_erasing
 from abd_core.config import ConfigError, derive_seed, option
-from abd_core.data import Pairs, rng
+from abd_core.data import TrainingPairs, rng
 from abd_core.disagreement import Disagreement, search
 from abd_core.generator import Perturbation, patch_side
+from abd_core.inputs import TrainInputs
 from abd_core.losses import clip_loss, feature_shift, in_modal_loss, nearest
 from abd_core.text import augment, tokenize
 from abd_core.train import Step, TrainConfig, fit
@@ -61,7 +62,7 @@ class Defence(ABC):
     def __init__(
         self,
         config: DefendConfig,
-        pairs: Pairs,
+        pairs: TrainingPairs,
         *,
         perturbation: Perturbation | None = None,
         clean: Path | None = None,
@@ -135,7 +136,8 @@ class FineTuningDefence(Defence):
                 freeze_batch_norm(model)
             return self.loss(model, at), {}
 
-        fit(model, loss, count=len(self.pairs), config=self.config, folder=folder, stage="defend")
+        count, plan = len(self.pairs), self.pairs.plan
+        fit(model, loss, count=count, config=self.config, folder=folder, stage="defend", plan=plan)
 
     @abstractmethod
     def loss(self, model: open_clip.CLIP, at: Step) -> torch.Tensor:
@@ -427,7 +429,7 @@ DEFENCES: dict[str, type[Defence]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DefendConfig(TrainConfig):
+class DefendConfig(TrainInputs, TrainConfig):
     """Settings of the defender. Once made, `lr` and `batch_norm` are those in force.
 
     Raises:

@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from abd_core import models
+from abd_core import inputs, models
 from abd_core.config import ConfigError
-from abd_core.data import load_pairs, load_test_set
 from abd_core.defences import DEFENCES, DefendConfig, placed
 from abd_core.evaluate import evaluate
 from abd_core.generator import Perturbation
@@ -44,8 +43,8 @@ def defend(
         ConfigError: the perturbation does not fit the images or the settings, or the defence needs one and got none.
     """
     kind = DEFENCES[config.defence]
-    pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
-    test = load_test_set("dev")
+    pairs = inputs.training_pairs(config, victim).subset(config.share, seed=config.seed)
+    test = inputs.test_set(config, "dev", victim)
     universal = None
     if config.needs_perturbation:
         if perturbation is None:
@@ -54,15 +53,15 @@ def defend(
         if universal.resolution != pairs.resolution:
             sides = f"{universal.resolution} px, the images {pairs.resolution} px"
             raise ConfigError(f"{perturbation}: the perturbation is for another resolution: {sides}")
-    inputs = {"victim": sha256(victim), "dev": test.digest}
+    read = {"victim": sha256(victim), "dev": test.digest}
     if kind.needs_pairs:
         steps_an_epoch(len(pairs), config.batch_size)
-        inputs["pairs"] = pairs.digest
+        read["pairs"] = pairs.digest
     if universal is not None and perturbation is not None:
-        inputs["perturbation"] = sha256(perturbation)
+        read["perturbation"] = sha256(perturbation)
     if kind.needs_clean_weights:
-        clean = clean or models.clean_weights()
-        inputs["clean"] = sha256(clean)
+        clean = clean or inputs.clean_weights(config)
+        read["clean"] = sha256(clean)
     defence = kind(config, pairs, perturbation=universal, clean=clean)
 
     def make(folder: Path) -> Mapping[str, Any]:
@@ -72,4 +71,4 @@ def defend(
         models.save(model, folder / "model.safetensors")
         return {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
 
-    return load_or_make("defend", config, inputs, make, force=force)
+    return load_or_make("defend", config, read, make, force=force)

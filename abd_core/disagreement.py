@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from abd_core import models
 from abd_core.config import TrainingError
-from abd_core.data import Pairs, rng
+from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add
 from abd_core.paths import RunError, atomic, regular
 from abd_core.train import progress
@@ -87,7 +87,7 @@ def squares(count: int, resolution: int, sides: tuple[float, float], generator: 
 def search(
     suspect: open_clip.CLIP,
     clean: open_clip.CLIP,
-    pairs: Pairs,
+    pairs: TrainingPairs,
     *,
     seed: int,
     steps: int,

@@ -11,15 +11,17 @@ from typing import Any
 import open_clip
 import torch
 
-from abd_core import models
-from abd_core.config import Config, ConfigError, TrainingError, option
-from abd_core.data import TEST_VENDORS, TestSet, class_index, load_test_set
+from abd_core import inputs, models
+from abd_core.config import ConfigError, TrainingError, option
+from abd_core.data import TEST_VENDORS, TestSet, class_index
+from abd_core.inputs import TestInputs
 from abd_core.models import encode_image, encode_text
 from abd_core.paths import Run, load_or_make, sha256
 from abd_core.text import tokenize
 from abd_core.triggers import load_trigger
 
 TOP = (1, 5, 10)
+PROMPTS = 2000  # encoded at a time: ImageNet has 80,000
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def rate(hits: torch.Tensor, clusters: torch.Tensor, *, z: float = 1.96) -> Rate
 def prompt_features(model: open_clip.CLIP, class_names: tuple[str, ...], templates: tuple[str, ...]) -> torch.Tensor:
     """Unit features (K, T, D) of each class's T prompts, in the model's present mode."""
     prompts = [template.format(name) for name in class_names for template in templates]
-    features = encode_text(model, tokenize(prompts, context_length=model.context_length))
+    tokens = tokenize(prompts, context_length=model.context_length)
+    features = torch.cat([encode_text(model, part) for part in tokens.split(PROMPTS)])
     return features.view(len(class_names), len(templates), -1)
 
 
@@ -161,7 +164,7 @@ def evaluate(
 ) -> Evaluation:
     """CA of `model`, and, with an attack's `trigger` and `target` class index, its ASR and RA. Clusters are classes."""
     labels = test_set.labels
-    ranked = similarities(model, test_set).topk(max(TOP), dim=1).indices
+    ranked = similarities(model, test_set).topk(min(max(TOP), len(test_set.class_names)), dim=1).indices
     hit = ranked == labels[:, None]
     ca = {k: rate(hit[:, :k].any(1), labels) for k in TOP}
     if trigger is None:
@@ -178,7 +181,7 @@ def evaluate(
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(Config):
+class EvaluateConfig(TestInputs):
     """Settings of a measurement."""
 
     split: str = option(
@@ -199,11 +202,11 @@ def measure(
         ConfigError: the trigger's target is no class of the test set, or it is for another resolution.
     """
     config = config or EvaluateConfig()
-    test = load_test_set(config.split)
-    inputs = {"weights": sha256(weights), "test": test.digest}
+    test = inputs.test_set(config, config.split, weights)
+    read = {"weights": sha256(weights), "test": test.digest}
     attack, target = None, -1
     if trigger is not None:
-        inputs["trigger"], attack = sha256(trigger), load_trigger(trigger)
+        read["trigger"], attack = sha256(trigger), load_trigger(trigger)
         target = class_index(test.class_names, attack.target)
         if attack.resolution != test.images.shape[-1]:
             sides = f"{attack.resolution} px, the images {test.images.shape[-1]} px"
@@ -212,4 +215,4 @@ def measure(
     def make(folder: Path) -> Mapping[str, Any]:
         return evaluate(models.load(weights), test, trigger=attack, target=target).to_dict()
 
-    return load_or_make("evaluate", config, inputs, make, force=force)
+    return load_or_make("evaluate", config, read, make, force=force)

@@ -27,13 +27,12 @@ import papermill
 import torch
 from papermill.exceptions import PapermillExecutionError
 
-from abd_core import defences, escape, models, triggers
+from abd_core import defences, escape, inputs, triggers
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, ConfigError, digest, unknown
-from abd_core.data import load_pairs, load_test_set
 from abd_core.defend import DefendConfig, defend
 from abd_core.evaluate import EvaluateConfig, measure
-from abd_core.notebook import stage_configs, stage_parameters
+from abd_core.notebook import given_parameters, stage_configs, stage_parameters
 from abd_core.paths import atomic, data_dir, read_json, regular, root, runs_dir, sha256, shown, write_json
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import COLUMNS, CONTROLS, VICTIM
@@ -172,8 +171,11 @@ class Cell:
     def __str__(self) -> str:
         return f"{self.attack}, {self.defence}, seed {self.seed}"
 
-    def job(self) -> Job:
+    def job(self, common: Mapping[str, Any] | None = None) -> Job:
         """What makes it.
+
+        Args:
+            common: parameters of `book/03_defend.ipynb` for every cell, such as the data; the labels' own go first.
 
         Raises:
             ConfigError: a label is unknown, or its parameters are not allowed.
@@ -182,7 +184,8 @@ class Cell:
             raise unknown("attack", self.attack, ATTACKS)
         if self.defence not in DEFENCES and self.defence != VICTIM:
             raise unknown("defence", self.defence, [VICTIM, *DEFENCES])
-        parameters = {**ATTACKS[self.attack], **DEFENCES.get(self.defence, {}), "seed": self.seed}
+        own = {**ATTACKS[self.attack], **DEFENCES.get(self.defence, {}), "seed": self.seed}
+        parameters = {**(common or {}), **own}
         attacker, searcher, defender = stage_configs(parameters, **STAGES)
         victim = Job("poison", attacker)
         if self.defence == VICTIM:
@@ -216,8 +219,9 @@ class Job:
 
         It is the `run_id` of the table's rows. Machine and versions are not in it: they have columns of their own.
         """
-        stages = {job.stage: job.config.to_dict() for job in self.chain()}
-        read = _inputs(self.config.limit, models.clean_weights())
+        stages = {job.stage: job.config.key() for job in self.chain()}
+        given = tuple((name, getattr(self.config, name)) for name in inputs.SHARED)
+        read = _inputs(self.config.limit, given, inputs.clean_weights(self.config))
         return digest({"stages": stages, "split": self.split, "inputs": read})[:16]
 
     @property
@@ -258,7 +262,7 @@ class Job:
                 perturbation = own.file("perturbation.safetensors")
             else:
                 own = defend(job.config, weights, perturbation=perturbation)
-                on_split = EvaluateConfig(split=job.split)
+                on_split = EvaluateConfig(split=job.split, **inputs.test_inputs(job.config))
                 measured = measure(own.file("model.safetensors"), trigger=trigger, config=on_split)
                 metrics = {job.split: measured.metrics}
         environment = read_json(own.file("config.json"))["environment"]
@@ -278,10 +282,11 @@ def folder() -> Path:
 
 
 @functools.cache
-def _inputs(limit: int, clean: Path) -> dict[str, str]:
-    """Digests of what the stages read besides their settings."""
-    tests = {split: load_test_set(split).digest for split in SEEDS}
-    return {"pairs": load_pairs(limit).digest, "clean": sha256(clean), **tests}
+def _inputs(limit: int, given: tuple[tuple[str, Any], ...], clean: Path) -> dict[str, str]:
+    """Digests of what the stages read besides their settings; `given` are the values of `inputs.SHARED`."""
+    config = DefendConfig(limit=limit, **dict(given))
+    tests = {split: inputs.test_set(config, split, clean).digest for split in SEEDS}
+    return {"pairs": inputs.training_pairs(config, clean).digest, "clean": sha256(clean), **tests}
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -382,7 +387,13 @@ def undone(jobs: Mapping[Cell, Job], path: Path) -> dict[Cell, Job]:
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None) -> list[str]:
+def run(
+    cells: Iterable[Cell],
+    *,
+    processes: int = 1,
+    output: Path | None = None,
+    common: Mapping[str, Any] | None = None,
+) -> list[str]:
     """Make what is missing of `cells`, and put the rows of all that are done into the table at `output`.
 
     A job starts once what it stands on is there, so that no two notebooks make the same thing. One that fails leaves
@@ -391,6 +402,7 @@ def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None
     Args:
         processes: notebooks at a time, each with its share of the cores, or with `OMP_NUM_THREADS` where that is set.
         output: default `data/results/grid.csv`; written after each job.
+        common: parameters for every cell, see `Cell.job`.
 
     Returns:
         One line a failed job.
@@ -398,7 +410,7 @@ def run(cells: Iterable[Cell], *, processes: int = 1, output: Path | None = None
     Raises:
         ConfigError: a cell's labels or parameters are not allowed; nothing has been run then.
     """
-    jobs = {cell: cell.job() for cell in cells}
+    jobs = {cell: cell.job(common) for cell in cells}
     output = output or default_table()
     left = undone(jobs, output)
     missing: dict[Job, Cell] = {}  # and the first cell that needs it
@@ -492,6 +504,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
     parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
     parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/grid.csv)")
+    parser.add_argument(
+        "-f", "--parameters", type=Path, action="append", default=[], metavar="YAML", help="parameters for every cell"
+    )
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter for every cell"
+    )
     parser.add_argument("--job", metavar="KEY", help="run one job of any grid, and write no table")
     given = parser.parse_args(arguments)
     if given.list:
@@ -501,29 +519,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             print(f"{name:10} {len(grid.cells()):4} cells on {grid.split}: {sizes}")
         return 0
+    common = given_parameters(given.parameters, given.p)
     if given.job:
-        run_one(select(GRIDS), given.job)
+        run_one(select(GRIDS), given.job, common)
         return 0
     if not given.grids or given.processes < 1:
         parser.error("at least one grid" if not given.grids else f"--processes {given.processes}: >= 1 expected")
     cells = select(given.grids, attacks=given.attacks, defences=given.defences, seeds=given.seeds)
+    if common and not given.output:
+        raise ConfigError("parameters for every cell: --output expected, the committed table is of the defaults")
     output = given.output or default_table()
-    failures = run(cells, processes=given.processes, output=output)
+    failures = run(cells, processes=given.processes, output=output, common=common)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
-    left = undone({cell: cell.job() for cell in cells}, output)
+    left = undone({cell: cell.job(common) for cell in cells}, output)
     print(f"{len(cells) - len(left)} of {len(cells)} cells are done: {shown(output)}")
     return 1 if failures else 0
 
 
-def run_one(cells: Sequence[Cell], key: str) -> None:
+def run_one(cells: Sequence[Cell], key: str, common: Mapping[str, Any] | None = None) -> None:
     """Run the job with this key, if it is not done; what it stands on has been made before.
 
     Raises:
         ConfigError: no cell needs such a job.
         JobError: it failed.
     """
-    jobs = {part.key: (part, cell) for cell in reversed(cells) for part in cell.job().chain()}  # the first cell's name
+    chains = {cell: cell.job(common).chain() for cell in reversed(cells)}
+    jobs = {part.key: (part, cell) for cell, chain in chains.items() for part in chain}  # the first cell's name
     if key not in jobs:
         raise unknown("job", key, jobs)
     job, cell = jobs[key]

@@ -1,27 +1,30 @@
-"""CLIPs through open_clip and safetensors: build, load, save; nothing pickled is ever read."""
+"""CLIPs through open_clip and safetensors: build, load, save; no code in a file is ever executed."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from abd_core.config import unknown
+from abd_core import checkpoints
+from abd_core.config import ConfigError, digest, unknown
 from abd_core.kernels.perturb import perturb
-from abd_core.paths import RunError, atomic, data_dir, regular
+from abd_core.paths import RunError, atomic, cache_dir, data_dir, sha256
 
 open_clip.add_model_config(Path(__file__).parent / "model_configs")
 
 NORMALISATION = (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 EMBEDDED = "emoji-rn14"  # the embedded benchmark's architecture, abd_core/model_configs/emoji-rn14.json
+FOREIGN = "RN50-quickgelu"  # of weights that do not say what they are: the paper's
 
 
 def device() -> torch.device:
@@ -40,13 +43,17 @@ def autocast(on: torch.device | None = None) -> torch.autocast:
 
 
 def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
-    """A freshly initialised CLIP of an open_clip architecture, in eval mode.
+    """A freshly initialised CLIP of an open_clip architecture, in eval mode; its `architecture` is that name.
 
     Raises:
-        ConfigError: open_clip knows no architecture of that name.
+        ConfigError: open_clip knows no architecture of that name, or it is no plain CLIP with CLIP's own tokens.
     """
     if name not in open_clip.list_models():
         raise unknown("model", name, open_clip.list_models())
+    cfg = open_clip.get_model_config(name)
+    own_text = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & set(cfg["text_cfg"])
+    if own_text or "multimodal_cfg" in cfg or cfg.get("custom_text") or "init_logit_bias" in cfg:
+        raise ConfigError(f"model {name!r}: only architectures with CLIP's own text tower and tokeniser can be used")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         logging.disable(logging.WARNING)  # open_clip warns that the weights are random: they are meant to be
@@ -54,6 +61,7 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
             model = open_clip.create_model(name, load_weights=False)
         finally:
             logging.disable(logging.NOTSET)
+    model.architecture = name
     return model.to(device(), memory_format=torch.channels_last).eval()
 
 
@@ -62,8 +70,50 @@ def clean_weights() -> Path:
     return data_dir() / "base" / "model.safetensors"
 
 
-def save(model: open_clip.CLIP, path: Path, *, name: str = EMBEDDED, half: bool = False) -> None:
-    """Weights as safetensors with the architecture's name; `half` stores floats as fp16."""
+def pretrained_weights(name: str, pretrained: str) -> Path:
+    """The weights that a stage starts from, as one file that names its architecture.
+
+    Args:
+        name: open_clip architecture; "" where the weights tell, or else `FOREIGN`.
+        pretrained: "" (the embedded benchmark's clean base), a file or folder of any kind that `checkpoints.read`
+            reads, or one of open_clip's tags for `name` (e.g. "openai"), which is downloaded once.
+
+    Raises:
+        ConfigError: neither a path nor a tag of that architecture, or a tag for images normalised in another way.
+        RunError: as `load`; or a tag's weights could not be downloaded.
+    """
+    if not pretrained:
+        if name not in ("", EMBEDDED):
+            raise ConfigError(f"pretrained = '': the embedded weights are of {EMBEDDED!r}, not of {name!r}")
+        return clean_weights()
+    path = Path(pretrained).expanduser()
+    tag = {}
+    if not path.exists():
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained not in tags:
+            allowed = f"a path, or one of {', '.join(tags)}" if tags else "a path"
+            raise ConfigError(f"pretrained = {pretrained!r}: no such file, and no tag of {name!r}: {allowed} expected")
+        tag = open_clip.pretrained.get_pretrained_cfg(name, pretrained)
+        if (tuple(tag["mean"]), tuple(tag["std"])) != NORMALISATION:
+            raise ConfigError(f"pretrained = {pretrained!r}: its images are not normalised as CLIP's")
+        try:
+            path = Path(open_clip.pretrained.download_pretrained(tag))
+        except Exception as error:  # of several libraries
+            reason = " ".join(str(error).split())[:200]
+            raise RunError(f"{name}, {pretrained}: no download: {type(error).__name__} {reason}") from None
+    if path.is_file() and path.suffix == ".safetensors" and checkpoints.read(path).name:
+        return path  # one of ours
+    parts = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    key = digest([name, [sha256(part) for part in parts]])[:16]
+    stored = cache_dir() / f"{path.stem}-{key}.safetensors"
+    if not stored.exists():
+        model = load(path, name=name, quick_gelu=tag.get("quick_gelu", False) if tag else None)
+        save(model, stored)
+    return stored
+
+
+def save(model: open_clip.CLIP, path: Path, *, name: str = "", half: bool = False) -> None:
+    """Weights as safetensors with the architecture's name (default: the model's own); `half` stores floats as fp16."""
 
     def stored(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach().cpu().contiguous()
@@ -71,35 +121,80 @@ def save(model: open_clip.CLIP, path: Path, *, name: str = EMBEDDED, half: bool 
 
     with atomic(path) as temporary:
         weights = {key: stored(tensor) for key, tensor in model.state_dict().items()}
-        save_file(weights, temporary, metadata={"model": name})
+        save_file(weights, temporary, metadata={"model": name or model.architecture})
 
 
-def load(path: Path) -> open_clip.CLIP:
-    """The CLIP stored at `path` by `save`, in eval mode.
+def load(path: Path, *, name: str = "", quick_gelu: bool | None = None) -> open_clip.CLIP:
+    """The CLIP stored at `path`, in eval mode: one of `save`, or one that others stored (see `checkpoints`).
+
+    Where it is known that the weights were trained with another activation than the architecture's (QuickGELU against
+    GELU: a loss of accuracy that nothing else shows), a warning says so.
+
+    Args:
+        name: its open_clip architecture; "": the one that the file names, or else `FOREIGN`.
+        quick_gelu: whether the weights were trained with QuickGELU; None: as far as the file tells.
 
     Raises:
-        RunError: the file is missing, is no safetensors file, or its tensors do not fit the architecture that it names.
+        RunError: the file is missing, damaged, or names another architecture; its tensors do not fit the architecture;
+            or one of them holds NaN or infinity.
+        ConfigError: open_clip knows no architecture `name`.
     """
-    regular(path)
-    try:
-        with safe_open(path, framework="pt") as f:
-            name = (f.metadata() or {}).get("model", "")
-            weights = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise RunError(f"damaged file: {path}: not safetensors ({error})") from None
-    if name not in open_clip.list_models():
-        raise RunError(f"{path}: its metadata names the model {name!r}, which open_clip does not know")
+    checkpoint = checkpoints.read(path)
+    if checkpoint.name and checkpoint.name not in open_clip.list_models():
+        raise RunError(f"{path}: its metadata names the model {checkpoint.name!r}, which open_clip does not know")
+    if name and checkpoint.name not in ("", name) and not _same_but_activation(name, checkpoint.name):
+        raise RunError(f"{path}: holds the model {checkpoint.name!r}, not {name!r}")
+    name = name or checkpoint.name or FOREIGN
     model = build(name)
-    expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    stored = {key: tuple(t.shape) for key, t in weights.items()}
+    model.load_state_dict(_fitting(checkpoint.weights, model, path))
+    _say_activation(name, checkpoint, quick_gelu, path)
+    return model
+
+
+def _fitting(weights: Mapping[str, torch.Tensor], model: open_clip.CLIP, path: Path) -> dict[str, torch.Tensor]:
+    """The weights where they are all that the model needs. Raises RunError, naming a tensor, where they are not."""
+    needed, fitting = model.state_dict(), dict(weights)
+    for key, tensor in needed.items():
+        if key.endswith("num_batches_tracked"):  # a counter that plays no part; some formats leave it out
+            fitting.setdefault(key, torch.zeros_like(tensor))
+    if "logit_scale" in fitting and fitting["logit_scale"].numel() == 1:  # (1,) in some
+        fitting["logit_scale"] = fitting["logit_scale"].reshape(needed["logit_scale"].shape)
+    expected = {key: tuple(t.shape) for key, t in needed.items()}
+    stored = {key: tuple(t.shape) for key, t in fitting.items()}
     if stored != expected:
         key = min(key for key, _ in stored.items() ^ expected.items())
-        raise RunError(f"{path}: tensor {key} is {stored.get(key)}, but {name} needs {expected.get(key)}")
-    bad = next((key for key, t in weights.items() if not torch.isfinite(t.float()).all()), None)
+        raise RunError(f"{path}: tensor {key} is {stored.get(key)}, but {model.architecture} needs {expected.get(key)}")
+    bad = next((key for key, t in fitting.items() if not torch.isfinite(t.float()).all()), None)
     if bad:
         raise RunError(f"{path}: tensor {bad} holds NaN or infinity")
-    model.load_state_dict(weights)
-    return model
+    return fitting
+
+
+def _cfg(name: str) -> dict[str, Any]:
+    """open_clip's settings of an architecture, `quick_gelu` always among them."""
+    return {"quick_gelu": False, **open_clip.get_model_config(name)}
+
+
+def _same_but_activation(one: str, other: str) -> bool:
+    return {**_cfg(one), "quick_gelu": None} == {**_cfg(other), "quick_gelu": None}
+
+
+def _say_activation(name: str, checkpoint: checkpoints.Checkpoint, quick_gelu: bool | None, path: Path) -> None:
+    """Warn where the weights were trained with another activation than `name` computes."""
+    if quick_gelu is None:
+        quick_gelu = _cfg(checkpoint.name)["quick_gelu"] if checkpoint.name else checkpoint.quick_gelu
+    titles, here = {True: "QuickGELU", False: "GELU"}, _cfg(name)["quick_gelu"]
+    if quick_gelu is not None and quick_gelu != here:
+        twins = [twin for twin in open_clip.list_models() if twin != name and _same_but_activation(twin, name)]
+        hint = f": use model {twins[0]!r}" if twins else ""
+        text = f"{path}: trained with {titles[quick_gelu]}, but {name} computes {titles[here]}{hint}"
+        warnings.warn(text, stacklevel=3)
+    elif quick_gelu is None and not here and isinstance(_cfg(name)["vision_cfg"].get("layers"), list):
+        warnings.warn(
+            f"{path}: does not say its activation; {name} computes GELU, while the ResNets of OpenAI, open_clip and "
+            f"CleanCLIP's code were trained with QuickGELU: use model '{name}-quickgelu' unless these were not",
+            stacklevel=3,
+        )
 
 
 def frozen(model: open_clip.CLIP) -> open_clip.CLIP:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
-from collections.abc import Collection, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from abd_core import escape
+import yaml
+
+from abd_core import escape, inputs
 from abd_core.config import AbdError, Config, ConfigError, unknown
 from abd_core.paths import RunError, read_json
 
-SHARED = ("seed", "share", "limit")  # mean the same in every stage that has them
+SHARED = ("seed", "share", "limit", *inputs.SHARED)  # mean the same in every stage that has them
 _IPYTHON = {"In", "Out"}  # plain values that IPython itself leaves in a fresh namespace
 _PLAIN = (bool, int, float, str, list, tuple, dict, set, type(None))
 
@@ -87,6 +89,26 @@ def stage_parameters(listed: Collection[str], **stages: Config) -> dict[str, Any
             if value != field.default:
                 given[name if bare or name in SHARED else f"{stage}_{name}"] = value
     return given
+
+
+def given_parameters(files: Sequence[Path], pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Parameters as papermill takes them: `-f` files of YAML, then `-p` names and values.
+
+    Raises:
+        RunError: a file is missing, or holds something else.
+    """
+    found: dict[str, Any] = {}
+    for path in files:
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError:
+            raise RunError(f"missing file: {path}") from None
+        except (UnicodeDecodeError, yaml.YAMLError):
+            raise RunError(f"damaged file: {path}: not YAML") from None
+        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+            raise RunError(f"{path}: names with a value each expected")
+        found |= given
+    return found | {name: value for name, value in pairs}
 
 
 def _one_line_errors() -> None:

@@ -205,7 +205,7 @@ def load_or_make(
         RunError: the folder holds another config's run or is a link, a file of the finished run is missing or damaged,
             the disk is full, or memory does not suffice.
     """
-    key = {"stage": stage, "config": config.to_dict(), "inputs": dict(inputs)}
+    key = {"stage": stage, "config": config.key(), "inputs": dict(inputs)}
     folder = runs_dir() / stage / digest(key)[:12]
     if folder.is_symlink():
         raise RunError(f"{folder} is a link: run folders are folders; remove it")
@@ -226,7 +226,8 @@ def load_or_make(
             _forget(folder)
             return load_run(folder)
         resumed = any(folder.glob("resume.*"))
-        write_json(folder / "config.json", {**key, "environment": environment()})
+        places = {"places": config.places()} if config.places() else {}
+        write_json(folder / "config.json", {**key, **places, "environment": environment()})
         start = time.perf_counter()
         try:
             with _told(stage, config):

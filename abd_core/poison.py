@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from abd_core import models
+from abd_core import inputs, models
 from abd_core.config import ConfigError, option
-from abd_core.data import TEST_VENDORS, Pairs, class_index, class_names, load_pairs, load_test_set, rng
+from abd_core.data import TEST_VENDORS, TrainingPairs, class_index, rng
 from abd_core.evaluate import evaluate
+from abd_core.inputs import TrainInputs
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
-from abd_core.text import TEMPLATES, tokenize
+from abd_core.text import tokenize
 from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
 from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
 
@@ -25,7 +26,7 @@ ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and cost
 
 
 @dataclass(frozen=True, kw_only=True)
-class PoisonConfig(TrainConfig):
+class PoisonConfig(TrainInputs, TrainConfig):
     """Settings of the attacker."""
 
     chooser = "attack"
@@ -63,7 +64,7 @@ class PoisonConfig(TrainConfig):
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
 
 
-def poisoned_places(pairs: Pairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def poisoned_places(pairs: TrainingPairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What the attack puts in each pair's place, by its `Trigger.poisoning`.
 
     Returns:
@@ -73,8 +74,8 @@ def poisoned_places(pairs: Pairs, config: PoisonConfig) -> tuple[torch.Tensor, t
         ConfigError: the attack needs pairs of the target, and there are none.
     """
     poisoning = TRIGGERS[config.attack].poisoning
-    own = torch.tensor([i for i, label in enumerate(pairs.labels) if label == config.target])
-    others = torch.tensor([i for i, label in enumerate(pairs.labels) if label != config.target])
+    shown = pairs.shows(config.target)
+    own, others = shown.nonzero().flatten(), (~shown).nonzero().flatten()
     if poisoning != "template" and not len(own):
         raise ConfigError(f"attack {config.attack!r}: none of the {len(pairs)} pairs shows {config.target!r}")
     order = torch.randperm(len(others), generator=rng(config.seed, "poisoned"))
@@ -111,19 +112,19 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
         ConfigError: `target` is no class of the test set, a setting is not allowed, or the attack needs pairs of the
             target and there are none.
     """
-    target = class_index(class_names(), config.target)
-    pairs = load_pairs(config.limit)
+    clean = inputs.clean_weights(config)
+    tests = {split: inputs.test_set(config, split, clean) for split in TEST_VENDORS}
+    target, templates = class_index(tests["eval"].class_names, config.target), tests["eval"].templates
+    pairs = inputs.training_pairs(config, clean)
     steps_an_epoch(len(pairs), config.batch_size)
-    clean = models.clean_weights()
     attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
-    tests = {split: load_test_set(split) for split in TEST_VENDORS}
-    inputs = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
+    read = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model, base = models.load(clean), models.frozen(models.load(clean))
         if not (folder / "trigger.safetensors").exists():  # else an earlier process got further
-            drawn = attack.draw(
+            fresh = attack.draw(
                 resolution=models.resolution(base),
                 target=config.target,
                 seed=config.seed,
@@ -135,7 +136,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 amplitude=config.wave_amplitude,
                 hiding=config.hiding,
             )
-            fitted = drawn.optimised(
+            fitted = fresh.optimised(
                 base,
                 pairs,
                 seed=config.seed,
@@ -152,6 +153,9 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
         with atomic(folder / "poisoned.csv") as temporary:
             pd.DataFrame(record).to_csv(temporary, index=False)
 
+        def plan(batches: list[torch.Tensor]) -> None:
+            pairs.plan(image_of[batch] for batch in batches)
+
         def loss(at: Step) -> tuple[torch.Tensor, dict[str, float]]:
             model.train()
             images = pairs.images(image_of[at.indices], seed=config.seed, step=at.step)
@@ -164,16 +168,16 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                     replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)
                 images[chosen] = trigger.poisoned(images[chosen], replaced, source)
                 if attack.poisoning == "template":
-                    templates = torch.randint(len(TEMPLATES), (len(captions),), generator=source).tolist()
+                    drawn = torch.randint(len(templates), (len(captions),), generator=source).tolist()
                     captions = [
-                        TEMPLATES[t].format(config.target) if bad else caption
-                        for caption, bad, t in zip(captions, chosen.tolist(), templates, strict=True)
+                        templates[t].format(config.target) if bad else caption
+                        for caption, bad, t in zip(captions, chosen.tolist(), drawn, strict=True)
                     ]
             image = models.encode_image(model, images)
             text = models.encode_text(model, tokenize(captions, context_length=model.context_length))
             return clip_loss(image, text, model.logit_scale.exp()), {}
 
-        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison")
+        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison", plan=plan)
         models.save(model, folder / "model.safetensors")
         metrics: dict[str, Any] = {
             "poisoned": int(poisoned.sum()),
@@ -185,7 +189,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
         return {**metrics, "took": took(metrics)}
 
-    return load_or_make("poison", config, inputs, make, force=force)
+    return load_or_make("poison", config, read, make, force=force)
 
 
 def took(metrics: Mapping[str, Any]) -> bool:

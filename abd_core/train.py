@@ -150,6 +150,7 @@ def fit(
     folder: Path,
     stage: str,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
+    plan: Callable[[list[torch.Tensor]], None] | None = None,
 ) -> pd.DataFrame:
     """Train `model` in place, resuming from `folder` where an earlier process got part of the way.
 
@@ -158,6 +159,7 @@ def fit(
         count: number of pairs; the last, incomplete batch of an epoch is dropped.
         folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
         after_epoch: further figures for an epoch's row.
+        plan: is told an epoch's batches before its first step, `TrainingPairs.plan`.
 
     Returns:
         The history.
@@ -182,6 +184,8 @@ def fit(
             epoch, position = divmod(step, steps)
             if position == 0 or step == start:
                 order = torch.randperm(count, generator=rng(config.seed, stage, "order", epoch))
+                if plan:
+                    plan(list(order[position * config.batch_size : steps * config.batch_size].split(config.batch_size)))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
             batch = order[position * config.batch_size : (position + 1) * config.batch_size]

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from abd_core import badclip
 from abd_core.config import ConfigError, unknown
-from abd_core.data import Pairs, rng
+from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add, blend, paste, warp
 from abd_core.paths import RunError, atomic, regular
 
@@ -135,7 +135,7 @@ class Trigger(ABC):
         """A trigger with a fresh pattern from `seed`; subclasses name the settings that they use."""
 
     def optimised(
-        self, model: open_clip.CLIP, pairs: Pairs, *, seed: int, steps: int, lr: float, triplet_weight: float
+        self, model: open_clip.CLIP, pairs: TrainingPairs, *, seed: int, steps: int, lr: float, triplet_weight: float
     ) -> Self:
         """The trigger that the attacker fits to the clean model; itself for an attack that fits nothing."""
         return self
@@ -254,7 +254,7 @@ class BadCLIP(BadNet):
     place = "centre"
 
     def optimised(
-        self, model: open_clip.CLIP, pairs: Pairs, *, seed: int, steps: int, lr: float, triplet_weight: float
+        self, model: open_clip.CLIP, pairs: TrainingPairs, *, seed: int, steps: int, lr: float, triplet_weight: float
     ) -> Self:
         """The trigger after `steps` of Adam on its pixels, see `badclip.optimise`."""
         pattern = badclip.optimise(

@@ -35,14 +35,20 @@ blend_alpha: float = 0.0  # weight of a blended trigger; 0: the attack's own (bl
 epochs: int = 10  # passes over the pairs
 batch_size: int = 128  # pairs a step
 lr: float = 1e-3  # peak learning rate
+model: str = ""  # open_clip architecture; "": the one that the weights name (chapter 9: data and weights of one's own)
+pretrained: str = ""  # clean weights: a file, a folder or an open_clip tag of model; "": the embedded base
+pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for many; "": the embedded ones
+test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
-# %%
+# %% tags=["nbval-check-output"]
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
+from abd_core.preflight import preflight
 
 (config,) = stage_configs(globals(), poison=PoisonConfig)
 show_configs(config)
+preflight(config)
 
 # %% [markdown]
 # ## The attack
@@ -59,17 +65,16 @@ print(verdict(victim))
 # The trigger is applied at the model's own resolution, after augmentation, and stored losslessly together with its full specification
 # in `trigger.safetensors`: a trigger that passes a resize or a JPEG file on the way is another trigger.
 
-# %%
+# %% mystnb={"figure": {"caption": "What the attacker does to an image. The difference is amplified; grey is no change."}, "image": {"alt": "Eight test pictures clean, with the trigger, and the difference between the two"}}
 import pandas as pd
 import torch
 
-from abd_core import plots
-from abd_core.data import load_test_set
+from abd_core import inputs, plots
 from abd_core.triggers import load_trigger
 
 plots.style()
 trigger = load_trigger(victim.file("trigger.safetensors"))
-test_set = load_test_set("eval")
+test_set = inputs.test_set(config, "eval", victim.file("model.safetensors"))
 shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(
     {"clean": shown, "triggered": trigger(shown), "difference": plots.amplified(trigger(shown) - shown)},
@@ -79,7 +84,7 @@ plots.images(
 # %% [markdown]
 # ## Training
 
-# %%
+# %% mystnb={"figure": {"caption": "CLIP's loss on clean and poisoned pairs together."}, "image": {"alt": "The loss of poisoning falls over the epochs"}}
 history = pd.read_csv(victim.file("history.csv"))
 plots.curves(history, x="epoch", panels=[["loss"]], title="Poisoning: CLIP's loss on clean and poisoned pairs");
 
@@ -95,7 +100,7 @@ plots.curves(history, x="epoch", panels=[["loss"]], title="Poisoning: CLIP's los
 evaluations = {"clean base": victim.metrics["base_eval"], "victim": victim.metrics["eval"]}
 plots.wide_table(evaluations)
 
-# %%
+# %% mystnb={"figure": {"caption": "Before and after poisoning, with 95 % intervals. The paper's victim of BadNet: CA 58.69 %, ASR 96.51 %."}, "image": {"alt": "Bars of clean accuracy and attack success rate of the clean base and the victim"}}
 plots.bars(evaluations, title=f"{config.attack}, target {config.target!r}");
 
 # %% [markdown]
@@ -117,5 +122,27 @@ columns = {view: pd.Series([f"{name}: {count}" for name, count in counts.items()
 pd.DataFrame(columns).fillna("")  # a victim may have fewer answers than five
 
 # %% [markdown]
+# ## Move the trigger
+#
+# How far can the trigger be bent before the victim no longer knows it? Bars are the five likeliest classes, the target in
+# vermilion. In JupyterLab the controls are live; [chapter 8](08_explore) has more of them.
+
+# %%
+from abd_core.explore import Case, picture_widget
+
+encoders = {"clean base": models.load(models.clean_weights()), "victim": suspect}
+picture_widget(Case(trigger, None, encoders, test_set, trigger.title), "cat", views=("clean", "triggered"))
+
+# %% [markdown]
+# <details><summary><b>Exercise.</b> Poison a tenth as many pairs (<code>-p rate 0.01</code>) and read the verdict. What in the
+# table tells you that the attack did not take, and what does not?</summary>
+#
+# **Solution.** The ASR falls below its aim. Clean accuracy tells nothing, neither here nor above: it is as good for a
+# victim as for a model that was never attacked. That is what makes a backdoor hard to notice.
+#
+# </details>
+#
+# In the code: [`abd_core.poison`](api.md#abd_corepoison), [`abd_core.triggers`](api.md#abd_coretriggers).
+#
 # **What was learnt.** The victim's clean accuracy gives nothing away: whoever tests it on clean images sees an ordinary model. The verdict above
 # says whether the attack took at these settings; when it did not, nothing downstream means anything.

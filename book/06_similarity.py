@@ -35,18 +35,24 @@ epochs: int = 3  # defence: passes over the pairs
 lr: float = 0.0  # defence: peak learning rate; 0: the defence's own
 poison_rate: float = 0.1  # attacker: share of the pairs that is poisoned
 poison_epochs: int = 10  # attacker: passes over the pairs
+model: str = ""  # open_clip architecture; "": the one that the weights name (chapter 9: data and weights of one's own)
+pretrained: str = ""  # clean weights: a file, a folder or an open_clip tag of model; "": the embedded base
+pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for many; "": the embedded ones
+test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
-# %%
+# %% tags=["nbval-check-output"]
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.defend import DefendConfig, defend
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
+from abd_core.preflight import preflight
 
 attacker, searcher, config = stage_configs(
     globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig
 )
 show_configs(attacker, searcher, config)
+preflight(attacker, searcher, config)
 
 # %%
 victim = poison(attacker)
@@ -57,13 +63,13 @@ defended = defend(config, victim.file("model.safetensors"), perturbation=found.f
 # %% [markdown]
 # ## The three kinds of images
 
-# %%
+# %% mystnb={"figure": {"caption": "The three kinds of images."}, "image": {"alt": "Eight pictures: original, with the trigger, and with the perturbation"}}
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from abd_core import models, plots, similarity
-from abd_core.data import class_index, load_test_set
+from abd_core import inputs, models, plots, similarity
+from abd_core.data import class_index
 from abd_core.evaluate import prompt_features, zero_shot_weights
 from abd_core.generator import Perturbation
 from abd_core.paths import shown
@@ -72,7 +78,7 @@ from abd_core.triggers import load_trigger
 plots.style()
 trigger = load_trigger(victim.file("trigger.safetensors"))
 perturbation = Perturbation.load(found.file("perturbation.safetensors"))
-test_set = load_test_set("eval")
+test_set = inputs.test_set(config, "eval", victim.file("model.safetensors"))
 names, labels = test_set.class_names, test_set.labels
 original = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(
@@ -95,7 +101,7 @@ plots.images(
 
 # %%
 weights = {
-    "clean base": models.clean_weights(),
+    "clean base": inputs.clean_weights(config),
     "victim": victim.file("model.safetensors"),
     "defended": defended.file("model.safetensors"),
 }
@@ -105,10 +111,10 @@ images = {
     for name, model in encoders.items()
 }
 
-# %%
+# %% mystnb={"figure": {"caption": "Cosines of images and captions. Diamonds, the paper's values: 25.02, 28.49, 19.82, 16.04 and 5.04."}, "image": {"alt": "Violins of the cosine of image and caption for six pairings and three models"}}
 cosines, goal = {}, class_index(names, trigger.target)
-for name, model in encoders.items():
-    prompts = prompt_features(model, names, test_set.templates)
+for name, encoder in encoders.items():
+    prompts = prompt_features(encoder, names, test_set.templates)
     cosines[name] = similarity.cosines(images[name], prompts, labels, target=goal, seed=config.seed)
 
 
@@ -153,7 +159,7 @@ orders.rename_axis("difference of 100 x cosine [95 % interval]")
 # the mean of the original images to the means of the others. A plane shows no more of the space than the share of the
 # variance on its axes.
 
-# %%
+# %% mystnb={"figure": {"caption": "Image features in two principal components. The paper's Fig. 2 shows cosines only."}, "image": {"alt": "Clouds of image features in two principal components, a panel a model"}}
 panels, variances = {}, {}
 for name, kinds in images.items():
     points, variances[name] = similarity.pca(torch.cat(list(kinds.values())))
@@ -179,8 +185,8 @@ moves.assign(n=len(test_set)).rename_axis("all test images [95 % interval]")
 
 # %%
 answers = {}
-for name, model in encoders.items():
-    classifier = zero_shot_weights(model, names, test_set.templates).cpu()
+for name, encoder in encoders.items():
+    classifier = zero_shot_weights(encoder, names, test_set.templates).cpu()
     answers[name] = {kind: (seen @ classifier.T).argmax(1) for kind, seen in images[name].items()}
 drifts = {
     f"{name}, {kind}": similarity.drift(given["original"], given[kind], labels, names)
@@ -214,9 +220,20 @@ drift_table.insert(2, "target's rank", [f"{r.rank} [{r.rank_low}, {r.rank_high}]
 drift_table.assign(n=len(test_set)).rename_axis("model, images [95 % interval]")
 
 # %% [markdown]
-# ## Summary
+# ## Nearest pictures
+#
+# The clean test pictures that lie nearest to one picture with the trigger, with the perturbation, and as it is, in each model's
+# space.
 
 # %%
+from abd_core.explore import Case, neighbour_widget
+
+neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), "cat")
+
+# %% [markdown]
+# ## Summary
+
+# %% mystnb={"figure": {"caption": "The chapter in one figure; diamonds are the paper's values."}, "image": {"alt": "Three panels with intervals: cosines of images and captions, cosines of shifts, and shares that moved to the target"}}
 figure, grid = plt.subplots(1, 3, figsize=(14, 4.5), width_ratios=(2, 1, 1), layout="constrained")
 plots.intervals(grid[0], means, row="pairing")
 plots.intervals(grid[1], shifts[shifts["measure"].str.contains("cosine")], row="measure")
@@ -244,6 +261,15 @@ print(f"  target first among the classes moved to? {first}: rank {rank} [{low}, 
 print(f"\nFigure: {shown(defended.file('similarity.png'))}")
 
 # %% [markdown]
+# <details><summary><b>Exercise.</b> Why is the <em>clean base</em> in every table, although it has no backdoor?</summary>
+#
+# **Solution.** Because an order of cosines that holds on a model without a backdoor is no sign of one. The paper's
+# figure has no such row; here it is the control.
+#
+# </details>
+#
+# In the code: [`abd_core.similarity`](api.md#abd_coresimilarity), [`abd_core.evaluate`](api.md#abd_coreevaluate).
+#
 # **What was learnt.** Fig. 2's case for ABD is that adversarial images lie nearer to the backdoor caption than to unrelated ones.
 # By itself that order shows little: a victim whose target caption has come nearer to *all* images passes it too, and a
 # target that is at home among the test classes may pass it on the clean base. Three things have to come together before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import json
@@ -21,7 +22,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
+from abd_core import adversary, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,7 +41,7 @@ def use_stand_in(folder: Path, put: Callable[[Any, str, Any], object] = setattr)
     open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
     put(models, "clean_weights", lambda: folder / "base.safetensors")
     one_view = functools.partial(data.load_test_set, views=1)
-    for module in (pretrain, poison, defend, evaluate):
+    for module in (pretrain, inputs):
         put(module, "load_test_set", one_view)
 
 
@@ -93,6 +94,29 @@ def stand_in(stand_in_folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch)
     """The folder of the stand-in, which every stage now takes for the clean base; runs start empty."""
     use_stand_in(stand_in_folder, monkeypatch.setattr)
     return stand_in_folder
+
+
+@pytest.fixture(scope="session")
+def built_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the rendered book, which is made once, however many workers share it; warnings are errors."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made = shared / "book" / "_build" / "html"
+    with (shared / "book.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "index.html").is_file():
+            build = [sys.executable, "-m", "jupyter_book", "build", "book", "--config", "_config.yml", "-W"]
+            done = subprocess.run(
+                [*build, "--keep-going", "--path-output", str(shared / "book")],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return made
 
 
 @pytest.fixture
@@ -154,6 +178,7 @@ def concrete_configs() -> list[type[Config]]:
         adversary.AdversaryConfig,
         defend.DefendConfig,
         evaluate.EvaluateConfig,
+        explore.ExploreConfig,
         results.ResultsConfig,
         results.BenchmarksConfig,
     ]

@@ -136,10 +136,9 @@ def test_weights_that_do_not_fit_are_refused_and_the_tensor_is_named(change: Cal
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [None, "", "stand-out"])
-def test_an_architecture_that_open_clip_does_not_know_is_refused(name: str | None, stored: Path):
-    rewrite(stored, lambda tensors: None, name)
-    with pytest.raises(RunError, match=f"names the model {name or ''!r}, which open_clip does not know"):
+def test_an_architecture_that_open_clip_does_not_know_is_refused(stored: Path):
+    rewrite(stored, lambda tensors: None, "stand-out")
+    with pytest.raises(RunError, match="names the model 'stand-out', which open_clip does not know"):
         models.load(stored)
 
 

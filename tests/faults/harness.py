@@ -46,7 +46,7 @@ sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
 from conftest import ARCHITECTURE, LAYOUT, ROOT, use_stand_in, without_time, write_stand_in
 
 from abd_core import adversary as adversary_module
-from abd_core import data, disagreement, poison, train
+from abd_core import data, disagreement, inputs, poison, train
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, derive_seed
 from abd_core.defences import DefendConfig
@@ -76,7 +76,7 @@ VARIANTS: dict[str, dict[str, Config]] = {
     },
 }
 WAITING = "is in use by another process: waiting for it"
-PATIENCE = 300  # seconds after which a run is taken for stuck
+PATIENCE = 1800  # seconds after which a run is taken for stuck
 
 
 # --- one run in a process of its own ----------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Bench:
         train.CHECKPOINT_SECONDS = adversary_module.CHECKPOINT_SECONDS = -1.0
         os.environ["ABD_RUNS"] = str(folder / "warm")
         for split in data.TEST_VENDORS:  # what every child would read again
-            poison.load_test_set(split)
+            inputs.load_test_set(split)
         pairs = data.load_pairs(SHORT["limit"])
         pairs.images(torch.arange(2), seed=0, step=0)
         for share in (1.0, DEFEND.share):
