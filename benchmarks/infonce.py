@@ -86,7 +86,7 @@ def main() -> None:
             if ON.type == "cuda":
                 peaks = {n: peak_bytes(call) / 2**20 for n, call in calls.items()}
                 report.add(case, "peak memory", "MiB", peaks)
-    report.write()
+            report.write()
 
 
 if __name__ == "__main__":

@@ -3,22 +3,29 @@
     python benchmarks/steps.py
 
 On the CPU: the embedded benchmark's model and pairs, drawing of the views and captions included. On a GPU:
-`RN50-quickgelu` at 224 px on random images that are there already, and what that makes of the paper's defence.
+`RN50-quickgelu` at 224 px on random images that are there already, then from tars, and what that makes of the paper's
+defence.
 """
 
 from __future__ import annotations
 
+import io
+import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import open_clip
 import torch
 from measure import ON, Report, peak_bytes, product_rate, seconds
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from abd_core import models
 from abd_core.data import Pairs, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig
+from abd_core.formats import load_image_pairs
 from abd_core.generator import Generator, Perturbation, patch_side
 from abd_core.losses import adversarial_loss, backdoor_loss
 from abd_core.text import tokenize
@@ -103,9 +110,9 @@ def adversary_step(pairs: Pairs, side: int, *, plain: bool) -> Callable[[int], N
     def pasted(images: torch.Tensor, patch: torch.Tensor, source: torch.Generator) -> torch.Tensor:
         if not plain:
             return Perturbation("patch", patch, pairs.resolution, "random")(images, source)
-        images, patch = images.cpu(), patch.cpu()
-        for image, (top, left) in zip(images, torch.randint(9, (len(images), 2)).tolist(), strict=True):
-            image[:, top : top + side, left : left + side] = patch
+        images, patch = images.cpu().clone(), patch.cpu()
+        for i, (top, left) in enumerate(torch.randint(9, (len(images), 2)).tolist()):
+            images[i, :, top : top + side, left : left + side] = patch
         return images.to(ON)
 
     def step(number: int) -> None:
@@ -129,13 +136,33 @@ def adversary_step(pairs: Pairs, side: int, *, plain: bool) -> Callable[[int], N
     return step
 
 
-def compiled_step(pairs: Pairs, patch: torch.Tensor, report: Report, case: str) -> Callable[[int], None]:
-    """ABD's step with a compiled image encoder; what compiling took is noted."""
-    step = step_of("abd", pairs, patch, compiled=True)
-    start = time.perf_counter()
-    step(0)
-    report.note(case, "abd compiled", "first step", "s", time.perf_counter() - start)
-    return step
+def tars(folder: Path, captions: Sequence[str]) -> str:
+    """Address of tars with a JPEG file of 480 x 360 px a caption, of smooth noise, as img2dataset writes them."""
+    generator = torch.Generator().manual_seed(0)
+    for shard, part in enumerate(torch.arange(len(captions)).chunk(4)):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for i in part.tolist():
+                small = torch.randint(256, (36, 48, 3), generator=generator, dtype=torch.uint8).numpy()
+                data = io.BytesIO()
+                Image.fromarray(small).resize((480, 360), Image.Resampling.BICUBIC).save(data, "JPEG", quality=90)
+                for ending, content in {"jpg": data.getvalue(), "txt": captions[i].encode()}.items():
+                    member = tarfile.TarInfo(f"{i:06}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return str(folder / "{0..3}.tar")
+
+
+def loaded_speed(address: str, patch: torch.Tensor) -> float:
+    """Images a second of fine-tuning from tars, reading and decoding included."""
+    pairs = load_image_pairs(address, resolution=models.resolution(models.build(NAME)))
+    step, batches, warm = step_of("ft", pairs, patch), len(pairs) // BATCH, 8
+    numbers = [*range(batches)] * 6
+    pairs.plan(torch.arange(BATCH) + BATCH * number for number in numbers)
+    for done, number in enumerate(numbers):
+        if done == warm:
+            start = time.perf_counter()
+        step(number)
+    return BATCH * (len(numbers) - warm) / (time.perf_counter() - start)
 
 
 def main() -> None:
@@ -151,8 +178,6 @@ def main() -> None:
         "plain loop with a patch": plain_step(pairs, patch),
         **{kind: step_of(kind, pairs, patch) for kind in ("ft", "abd", "cleanclip")},
     }
-    if LARGE:  # on the CPU, the image encoder gains nothing by being compiled
-        steps["abd compiled"] = compiled_step(pairs, patch, report, case)
     counts = dict.fromkeys(steps, 0)
 
     def next_step(name: str) -> None:
@@ -173,6 +198,10 @@ def main() -> None:
         for name in steps:
             report.note(case, name, "peak memory", "MiB", peak_bytes(lambda name=name: next_step(name)) / 2**20)
         report.note(case, "abd", "paper's defence, no loading", "GPU-hours", PAPER / BATCH * taken["abd"] / 3600)
+        with TemporaryDirectory() as folder:
+            speed = loaded_speed(tars(Path(folder), pairs.captions(torch.arange(20 * BATCH), seed=0, epoch=0)), patch)
+        report.note(case, "ft from tars", "speed", "images/s", speed, ratio=speed * taken["ft"] / BATCH)
+        report.note(case, "ft from tars", "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
     report.write()
     report = Report("adversary step")
     steps = {
@@ -183,6 +212,16 @@ def main() -> None:
     taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
     report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
     report.write()
+    if LARGE:  # on the CPU, the image encoder gains nothing by being compiled
+        report = Report("compiled training step")
+        steps = {"abd": step_of("abd", pairs, patch), "abd compiled": step_of("abd", pairs, patch, compiled=True)}
+        counts = dict.fromkeys(steps, 0)
+        start = time.perf_counter()
+        next_step("abd compiled")
+        report.note(case, "abd compiled", "first step", "s", time.perf_counter() - start)
+        taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
+        report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
+        report.write()
 
 
 if __name__ == "__main__":
