@@ -36,12 +36,14 @@ def option(
     lt: float | None = None,
     choices: Iterable[str] | None = None,
     place: bool = False,
+    later: bool = False,
 ) -> Any:
     """A dataclass field with its help and what is allowed: bounds for numbers, `choices` for strings.
 
     Args:
         place: it says where or how something is found that enters a run's key by its own digest, so the setting itself
             is no part of the key: data that has moved makes no other run.
+        later: it came after runs had been made, and is part of their key only where it is not at its default.
     """
     bounds = {"≥": ge, ">": gt, "≤": le, "<": lt}
     metadata = {
@@ -49,6 +51,7 @@ def option(
         "bounds": {sign: value for sign, value in bounds.items() if value is not None},
         "choices": None if choices is None else tuple(choices),
         "place": place,
+        "later": later,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -158,10 +161,11 @@ class Config:
         return {**self.key(), **self.places()}
 
     def key(self) -> dict[str, Any]:
-        """The settings that tell runs apart: those that are read, without places."""
+        """The settings that tell runs apart: those that are read, without places; see `option`."""
         unread = self._unread()
-        kept = [f.name for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
-        return {name: getattr(self, name) for name in kept}
+        kept = [f for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
+        values = {f: getattr(self, f.name) for f in kept}
+        return {f.name: value for f, value in values.items() if not f.metadata["later"] or value != f.default}
 
     def places(self) -> dict[str, Any]:
         """The places that are not at their default."""

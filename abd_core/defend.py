@@ -15,6 +15,7 @@ from abd_core.config import ConfigError
 from abd_core.defences import DEFENCES, DefendConfig, placed
 from abd_core.evaluate import evaluate
 from abd_core.generator import Perturbation
+from abd_core.launch import launcher
 from abd_core.paths import Run, load_or_make, sha256
 
 
@@ -69,4 +70,5 @@ def defend(
         models.save(model, folder / "model.safetensors")
         return {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
 
-    return load_or_make("defend", config, read, make, force=force)
+    launch = launcher("defend", config, victim=victim, perturbation=perturbation, clean=clean)
+    return load_or_make("defend", config, read, make, force=force, launch=launch if kind.needs_pairs else None)

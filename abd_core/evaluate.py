@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 import torch
 
-from abd_core import inputs, models
+from abd_core import inputs, models, ranks
 from abd_core.config import ConfigError, option
 from abd_core.data import TEST_VENDORS, TestSet, class_index
 from abd_core.inputs import TestInputs
@@ -96,12 +96,16 @@ def image_features(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Unit features (N, D) of all test images, on the CPU; `change` maps images in [0, 1], e.g. a trigger."""
-    rows = []
-    for start in range(0, len(test_set), batch_size):
-        images = test_set.images[start : start + batch_size].float() / 255
-        rows.append(encode_image(model, change(images) if change else images).cpu())
-    return torch.cat(rows)
+    """Unit features (N, D) of all test images, on the CPU; `change` maps images in [0, 1], e.g. a trigger.
+
+    Several ranks share the batches, and all of them return all features.
+    """
+    parts = {}
+    for number, start in enumerate(range(0, len(test_set), batch_size)):
+        if number % ranks.world() == ranks.rank():  # whole batches, so that their number changes no rounding
+            images = test_set.images[start : start + batch_size].float() / 255
+            parts[start] = encode_image(model, change(images) if change else images).cpu()
+    return ranks.gathered(parts, len(test_set))
 
 
 def similarities(

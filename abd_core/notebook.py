@@ -18,7 +18,7 @@ from abd_core import inputs
 from abd_core.config import AbdError, Config, ConfigError, unknown
 from abd_core.paths import RunError, read_json
 
-SHARED = ("seed", "share", "limit", *inputs.SHARED)  # mean the same in every stage that has them
+SHARED = ("seed", "share", "limit", "num_processes", *inputs.SHARED)  # mean the same in every stage that has them
 _IPYTHON = {"In", "Out"}  # plain values that IPython itself leaves in a fresh namespace
 _PLAIN = (bool, int, float, str, list, tuple, dict, set, type(None))
 

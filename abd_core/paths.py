@@ -17,13 +17,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from abd_core import ranks
 from abd_core.config import AbdError, Config, digest
 
 
@@ -70,10 +71,15 @@ def shown(path: Path) -> str:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write; it takes the name `path` only when the block ends without an exception."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """A temporary sibling to write; it takes the name `path` only when the block ends without an exception.
+
+    Of several ranks the first one writes; what the others write is thrown away.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{ranks.rank()}.tmp")
     try:
         yield temporary
+        if not ranks.first():
+            return
         temporary.chmod(0o644)  # safetensors makes its files private
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
@@ -156,8 +162,11 @@ def load_or_make(
     make: Callable[[Path], Mapping[str, Any]],
     *,
     force: bool = False,
+    launch: Callable[[], None] | None = None,
 ) -> Run:
     """Load the finished run of (`stage`, `config`, `inputs`), or finish it by calling `make(folder)`.
+
+    Several ranks call it together: the first one looks, locks and writes, and all call `make`.
 
     Args:
         inputs: digests of what the stage reads besides its config (weights, data, triggers).
@@ -165,6 +174,7 @@ def load_or_make(
             metrics, JSON-able; `seconds` joins them, None where an earlier process did part of the work. Whatever it
             leaves in files named `resume.*` is removed afterwards.
         force: make it anew, even where it is finished.
+        launch: has other processes finish the run; it takes the place of `make` in this one.
 
     Raises:
         RunError: the folder holds another config's run, or a file of the finished run is missing or damaged.
@@ -172,29 +182,43 @@ def load_or_make(
     key = {"stage": stage, "config": config.key(), "inputs": dict(inputs)}
     folder = runs_dir() / stage / digest(key)[:12]
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
-        if force:
-            _empty(folder)
-        if (folder / "config.json").exists():
-            record = read_json(folder / "config.json")
-            if not isinstance(record, dict) or {name: record.get(name) for name in key} != key:
-                raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
-        if (folder / "metrics.json").exists():
+    with _locked(folder) if ranks.first() else nullcontext():
+        resumed = finished = False
+        if ranks.first():
+            if force:
+                _empty(folder)
+            if (folder / "config.json").exists():
+                record = read_json(folder / "config.json")
+                if not isinstance(record, dict) or {name: record.get(name) for name in key} != key:
+                    raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
+            finished = (folder / "metrics.json").exists()
+            if not finished:
+                for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                    leftover.unlink()
+                resumed = any(folder.glob("resume.*"))
+                places = {"places": config.places()} if config.places() else {}
+                write_json(folder / "config.json", {**key, **places, "environment": environment()})
+        if ranks.agreed(finished):
             return load_run(folder)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-            leftover.unlink()
-        resumed = any(folder.glob("resume.*"))
-        places = {"places": config.places()} if config.places() else {}
-        write_json(folder / "config.json", {**key, **places, "environment": environment()})
-        start = time.perf_counter()
-        metrics = dict(make(folder))
-        metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
-        for leftover in folder.glob("resume.*"):
-            leftover.unlink()
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        write_json(folder / "manifest.json", {str(p.relative_to(folder)): sha256(p) for p in files})
-        write_json(folder / "metrics.json", metrics)
-        return Run(folder, metrics)
+        if launch is None:
+            start = time.perf_counter()
+            metrics = dict(make(folder))
+            metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
+            ranks.barrier()
+            if ranks.first():
+                _finish(folder, metrics)
+            ranks.barrier()
+            return Run(folder, metrics)
+    launch()  # without the lock, which the first of the launched processes takes
+    return load_run(folder)
+
+
+def _finish(folder: Path, metrics: Mapping[str, Any]) -> None:
+    for leftover in folder.glob("resume.*"):
+        leftover.unlink()
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    write_json(folder / "manifest.json", {str(p.relative_to(folder)): sha256(p) for p in files})
+    write_json(folder / "metrics.json", metrics)
 
 
 def load_run(folder: Path) -> Run:

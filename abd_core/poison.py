@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from abd_core import inputs, models
+from abd_core import inputs, models, ranks
 from abd_core.config import ConfigError, option
 from abd_core.data import TEST_VENDORS, TrainingPairs, class_index, rng
 from abd_core.evaluate import evaluate
 from abd_core.inputs import TrainInputs
+from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import tokenize
@@ -122,7 +123,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
 
     def make(folder: Path) -> Mapping[str, Any]:
         model, base = models.load(clean), models.frozen(models.load(clean))
-        if not (folder / "trigger.safetensors").exists():  # else an earlier process got further
+        if ranks.agreed(not (folder / "trigger.safetensors").exists()):  # else an earlier process got further
             fresh = attack.draw(
                 resolution=models.resolution(base),
                 target=config.target,
@@ -144,6 +145,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 triplet_weight=config.triplet_weight,
             )
             fitted.save(folder / "trigger.safetensors")
+        ranks.barrier()
         trigger = load_trigger(folder / "trigger.safetensors")
 
         record = {"id": ids[poisoned], "image": ids[image_of[poisoned]], "caption": ids[caption_of[poisoned]]}
@@ -188,7 +190,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
         return {**metrics, "took": took(metrics)}
 
-    return load_or_make("poison", config, read, make, force=force)
+    return load_or_make("poison", config, read, make, force=force, launch=launcher("poison", config))
 
 
 def took(metrics: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The one training loop of all CLIP stages: AdamW, warm-up and cosine, bf16 where native, resume, progress, history.
 
 Every random draw is a function of (seed, epoch, step), so a resume file needs weights, optimiser and position only.
+`python -m abd_core.train JOB` runs a training stage, alone or as one of several ranks: see `abd_core.launch`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from abd_core import ranks
 from abd_core.config import AbdError, Config, ConfigError, option
 from abd_core.data import rng
 from abd_core.paths import RunError, atomic
@@ -41,23 +43,51 @@ class TrainConfig(Config):
     warmup_steps: int = option(50, "steps of linear warm-up", ge=0)
     weight_decay: float = option(0.1, "AdamW's decay; none on norms, biases and logit_scale", ge=0)
     limit: int = option(0, "use only this many pairs, seeded (0: all); for smoke runs", ge=0)
+    accumulate: int = option(1, "batches whose gradients are averaged in a step", ge=1, later=True)
+    micro_batch: int = option(
+        0, "rows that a process encodes at a time, for less memory (GradCache); 0: all of its own", ge=0, later=True
+    )
+    sync_batch_norm: bool = option(
+        False, "BatchNorm takes its statistics over all processes, else over each one's rows", later=True
+    )
+    num_processes: int = option(
+        1, "processes on this machine that share each batch; a GPU each where there are GPUs", ge=1, place=True
+    )
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the loop stands: `indices` (B,) of the batch's pairs, and the epoch and global step for seeds."""
+    """Where the loop stands: `indices` (B,) of the batch's pairs, the epoch, and the number of the batch for seeds."""
 
     indices: torch.Tensor
     epoch: int
     step: int
 
 
-def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") -> tqdm:
+class NoBar:
+    """A bar of a rank that shows none."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def set_postfix(self, *_: object, **__: object) -> None:
+        pass
+
+
+def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") -> tqdm | NoBar:
     """One bar a stage, as text on stderr, with rate and time left; redrawn seldom where nobody watches.
 
     Plain text and a fixed width, because papermill passes it on to a terminal as it is (a widget would show nothing
-    there, and leave its state in the notebook).
+    there, and leave its state in the notebook). Of several ranks, the first one alone has a bar.
     """
+    if not ranks.first():
+        return NoBar()
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(desc=stage, total=total, initial=initial, unit=unit, ncols=80, mininterval=1 if watched else 10)
 
@@ -119,21 +149,25 @@ def fit(
 
     Args:
         loss: of one step's batch: the scalar to minimise, and figures to log.
-        count: number of pairs; the last, incomplete batch of an epoch is dropped.
+        count: number of pairs; those of an epoch that are too few for a step are dropped.
         folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
         after_epoch: further figures for an epoch's row.
-        plan: is told an epoch's batches before its first step, `TrainingPairs.plan`.
+        plan: is told this rank's part of an epoch's batches before its first step, `TrainingPairs.plan`.
 
     Returns:
         The history.
 
     Raises:
-        ConfigError: fewer pairs than a batch.
+        ConfigError: fewer pairs than a step takes, or a batch that the ranks cannot share evenly.
         TrainingError: the loss or a weight became NaN or infinite.
     """
-    steps = count // config.batch_size
+    together = config.batch_size * config.accumulate
+    steps = count // together
     if steps == 0:
-        raise ConfigError(f"batch_size = {config.batch_size}: at most {count} expected, the number of pairs")
+        what = "batch_size" if config.accumulate == 1 else "batch_size * accumulate"
+        raise ConfigError(f"{what} = {together}: at most {count} expected, the number of pairs")
+    if config.batch_size % ranks.world():
+        raise ConfigError(f"batch_size = {config.batch_size}: a multiple of {ranks.world()} expected, the processes")
     total = steps * config.epochs
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -143,24 +177,33 @@ def fit(
         optimizer.load_state_dict(resume["optimizer"])
         start, rows, sums = resume["step"], resume["rows"], resume["sums"]
     saved = time.monotonic()
-    with progress(stage=stage, total=total, initial=start) as bar:
+    with (
+        progress(stage=stage, total=total, initial=start) as bar,
+        ranks.synchronised(model, on=config.sync_batch_norm),
+    ):
         for step in range(start, total):
             epoch, position = divmod(step, steps)
             if position == 0 or step == start:
                 order = torch.randperm(count, generator=rng(config.seed, stage, "order", epoch))
                 if plan:
-                    plan(list(order[position * config.batch_size : steps * config.batch_size].split(config.batch_size)))
+                    ahead = order[position * together : steps * together].split(config.batch_size)
+                    plan([batch[ranks.share(len(batch))] for batch in ahead])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
-            batch = order[position * config.batch_size : (position + 1) * config.batch_size]
-            value, figures = loss(Step(batch, epoch, step))
-            figures = {"loss": value.item(), **figures}
-            if not math.isfinite(figures["loss"]):
-                raise TrainingError(
-                    f"{stage}: loss is {figures['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
-                )
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            figures: dict[str, float] = {}
+            for part, batch in enumerate(order[position * together :][:together].split(config.batch_size)):
+                with ranks.shared_batch(len(batch), micro=config.micro_batch):
+                    value, more = loss(Step(batch, epoch, step * config.accumulate + part))
+                more = {"loss": value.item(), **more}
+                if not math.isfinite(more["loss"]):
+                    raise TrainingError(
+                        f"{stage}: loss is {more['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
+                    )
+                (value / config.accumulate).backward()
+                figures = {name: figures.get(name, 0.0) + figure / config.accumulate for name, figure in more.items()}
+            ranks.average_gradients(model)
+            ranks.average_statistics(model)
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
@@ -171,7 +214,7 @@ def fit(
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}
                 bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if ranks.first() and time.monotonic() - saved > CHECKPOINT_SECONDS:  # what they hold is the same on all
                 check_finite(model, f"{stage}: epoch {epoch}, step {step}")
                 record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
@@ -181,3 +224,9 @@ def fit(
     with atomic(folder / "history.csv") as temporary:
         history.to_csv(temporary, index=False)
     return history
+
+
+if __name__ == "__main__":
+    from abd_core.launch import main
+
+    main(sys.argv[1:])
