@@ -106,7 +106,7 @@ def built_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (shared / "book.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (made / "index.html").is_file():
-            build = [sys.executable, "-m", "jupyter_book", "build", "book", "--config", "_config.yml", "-W"]
+            build = [Path(sys.executable).with_name("jupyter-book"), "build", "book", "--config", "_config.yml", "-W"]
             done = subprocess.run(
                 [*build, "--keep-going", "--path-output", str(shared / "book")],
                 cwd=ROOT,

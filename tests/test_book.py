@@ -119,7 +119,7 @@ def test_the_result_at_a_glance_is_that_of_the_table(built_book):
     text = (built_book / "intro.html").read_text(encoding="utf-8")
     rows = read_results(ResultsConfig().path).query("split == 'eval'")
     cell = means(rows).loc[("BadNet", "ABD", "asr")]
-    assert f"{100 * cell['mean']:.1f} [{100 * cell['ci_low']:.1f}, {100 * cell['ci_high']:.1f}]" in text
+    assert f"<b>{100 * cell['mean']:.1f}</b> ± {100 * cell['half']:.1f} ({cell['seeds']:.0f})" in text
     assert "computed:" not in text and 'id="pipeline-title"' in text
 
 

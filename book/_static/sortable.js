@@ -44,26 +44,21 @@
     const head = table.tHead && table.tHead.rows;
     if (!head || !table.tBodies.length || table.tBodies[0].rows.length < LONG) return;
     const columns = Math.max(...[...table.tBodies[0].rows].map((row) => row.cells.length));
-    const row = [...head].reverse().find((one) => one.cells.length === columns);
-    if (!row) return;
-    [...row.cells].forEach((header, column) => {
-      // pandas names columns in one line and the index in the next: take the name from wherever it is.
-      const names = [...head].map((one) => (one.cells[column] ? one.cells[column].textContent.trim() : ""));
-      const name = names.filter(Boolean).pop() || `column ${column + 1}`;
+    for (let column = 0; column < columns; column++) {
+      // pandas names columns in one line of the head and the index in another: take the cell that has the name.
+      const cells = [...head].filter((row) => row.cells.length === columns).map((row) => row.cells[column]);
+      const header = cells.find((cell) => cell.textContent.trim());
+      if (!header) continue;
+      const name = header.textContent.trim();
       const button = document.createElement("button");
       button.className = "sort";
       button.type = "button";
-      button.textContent = header.textContent.trim();
-      button.setAttribute("aria-label", `sort by ${name}`);
+      button.textContent = name;
+      button.title = `sort by ${name}`;
       button.addEventListener("click", () => sort(table, header, column));
       header.replaceChildren(button);
-    });
+    }
   };
 
-  document.addEventListener("DOMContentLoaded", () => {
-    document.querySelectorAll("table.dataframe").forEach(prepare);
-    document.querySelectorAll("table.dataframe thead th").forEach((header) => {
-      if (!header.textContent.trim()) header.setAttribute("aria-hidden", "true");
-    });
-  });
+  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("table.dataframe").forEach(prepare));
 })();
