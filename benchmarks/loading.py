@@ -2,8 +2,8 @@
 
     python benchmarks/loading.py
 
-A ratio is the share of the bare rate of one core, times the number of workers where there are some. More workers
-than free cores cannot reach it. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
+A ratio is the share of the bare rate: of one core, times the number of workers where there are some, which more workers
+than free cores cannot reach; or, of the CPU's time, that of the reading and of all workers together, their start included. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import resource
 import statistics
 import tarfile
 import time
@@ -63,6 +64,12 @@ def bare(files: list[bytes]) -> None:
         np.asarray(image.crop((left, top, left + RESOLUTION, top + RESOLUTION)))
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
 def read(table: pa.Table, workers: int) -> float:
     """Images a second, from when what was read ahead of the first batch is used up."""
     batches = in_batches(table.num_rows, BATCH)
@@ -92,14 +99,18 @@ def main() -> None:
             for workers in (count for count in (0, 1, 2, 4, 8) if count <= cores):
                 variants[f"{kind}, {workers} workers"] = lambda t=table, w=workers: read(t, w)  # type: ignore[misc]
         rates: dict[str, list[float]] = {name: [] for name in variants}
+        spent: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(REPEATS):  # all take turns, so that a slow moment of the machine meets all alike
             for name, call in variants.items():
+                start = cpu_seconds()
                 rates[name].append(call())
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    first = next(iter(median.values()))
-    for name, rate in median.items():
-        busy = max(1, int(name.split()[1])) if "workers" in name else 1
-        report.note(CASE, name, "speed", "images/s", rate, ratio=rate / (busy * first), n=REPEATS)
+                spent[name].append(COUNT / (cpu_seconds() - start))
+    for metric, unit, values in (("speed", "images/s", rates), ("thrift", "images/CPU-s", spent)):
+        median = {name: statistics.median(found) for name, found in values.items()}
+        first = next(iter(median.values()))
+        for name, rate in median.items():
+            busy = max(1, int(name.split()[1])) if metric == "speed" and "workers" in name else 1
+            report.note(CASE, name, metric, unit, rate, ratio=rate / (busy * first), n=REPEATS)
     report.note(CASE, "decode and resize alone", "bytes of an image", "kB", sum(map(len, files)) / COUNT / 1000)
     report.write()
 
