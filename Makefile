@@ -47,8 +47,8 @@ test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with c
 	    compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py -k "whole_matrix and clip"; \
 	fi
 
-bench: $(VENV)/installed ## Time kernels and training steps on this machine into benchmarks/results.csv
-	for script in infonce perturb steps; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: $(VENV)/installed ## Time kernels, training steps and loading on this machine into benchmarks/results.csv
+	for script in infonce perturb steps loading; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
 	$(BIN)/python -m abd_core.grid $(GRIDS) --processes $(PROCESSES)
