@@ -158,6 +158,7 @@ def torchrun(processes: int, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
