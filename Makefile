@@ -7,15 +7,15 @@ GRIDS ?= table1 ablations
 PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu bench grid lab notebooks book data clean
+.PHONY: help demo test test-slow test-browser test-gpu bench grid lab notebooks book data clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "  The environment is made in $(VENV) by $(PYTHON); choose another with PYTHON=python3.12."
 
 demo: $(VENV)/installed ## Poison a CLIP, defend it with ABD, print clean accuracy and attack success before and after
 	mkdir -p runs/demo
-	$(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file - book/03_defend.ipynb runs/demo/03_defend.ipynb
+	ABD_STATIC=1 $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file - book/03_defend.ipynb runs/demo/03_defend.ipynb
 	$(BIN)/python -m abd_core.notebook runs/demo/03_defend.ipynb
 
 test: $(VENV)/installed-dev ## Run every check and test
@@ -33,6 +33,9 @@ test: $(VENV)/installed-dev ## Run every check and test
 test-slow: $(VENV)/installed-dev ## Run the tests that take minutes each, which `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m long
 
+test-browser: $(VENV)/installed-dev ## Open every page of the book, and the explorer in JupyterLab, in Chromium
+	$(BIN)/pytest -n0 -m "long or not long" tests/test_book.py tests/browser
+
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py
 	if command -v compute-sanitizer > /dev/null; then \
@@ -49,7 +52,8 @@ lab: $(VENV)/installed ## Open JupyterLab on the notebooks
 	$(BIN)/jupyter-lab --LabApp.default_url=/lab/tree/book
 
 notebooks: $(VENV)/installed ## Run the notebooks in book/ again and keep their outputs, to commit them
-	$(BIN)/jupyter-nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False book/*.ipynb
+	ABD_STATIC=1 $(BIN)/jupyter-nbconvert --to notebook --inplace --execute --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.store_widget_state=False book/*.ipynb
 	$(BIN)/jupyter-nbconvert --to notebook --inplace --coalesce-streams book/*.ipynb
 
 book: $(VENV)/installed-book ## Render the book to _build/html/index.html

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from abd_core.models import device
 from abd_core.paths import atomic, environment
@@ -38,6 +39,20 @@ def _now() -> float:
     if ON.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def device_seconds(variants: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Mean seconds a call of each variant that the GPU works; gaps in which it waits for the CPU are left out."""
+    taken = {}
+    for name, call in variants.items():
+        call()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(repeats):
+                call()
+            torch.cuda.synchronize()
+        taken[name] = sum(event.self_device_time_total for event in profiler.key_averages()) / repeats / 1e6
+    return taken
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from measure import ON, Report, copy_rate, seconds
+from measure import ON, Report, copy_rate, device_seconds, seconds
 from torchvision.transforms.v2 import functional as vision
 
 from abd_core.kernels.perturb import perturb
@@ -74,9 +74,17 @@ def main() -> None:
         def backward(out: torch.Tensor, pattern=pattern, weight=weight) -> None:
             torch.autograd.grad(out, pattern, weight, retain_graph=True)
 
+        def timed(what: str, calls: dict[str, Callable[[], object]], case=f"{kind}, {shape}") -> dict[str, float]:
+            """Seconds a call; on a GPU those of the device, in which a share of the bandwidth is to be counted."""
+            taken = seconds(calls, repeats=REPEATS)
+            report.add(case, what, "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+            if ON.type == "cuda":
+                taken = device_seconds(calls, repeats=REPEATS)
+                report.add(case, f"{what}, device", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+            return taken
+
         case = f"{kind}, {shape}"
-        taken = seconds({n: lambda call=call: forward(call) for n, call in variants.items()}, repeats=REPEATS)
-        report.add(case, "forward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+        taken = timed("forward", {n: lambda call=call: forward(call) for n, call in variants.items()})
         report.note(
             case, "any", "operations", "GFLOP", 5 * images.numel() / 1e9
         )  # scale, add, clamp, subtract, multiply
@@ -84,8 +92,7 @@ def main() -> None:
         for variant, spent in taken.items():
             report.note(case, variant, "forward, of bandwidth", "%", 100 * moved / spent / ceiling)
         made = {n: call(pattern) for n, call in variants.items()}
-        taken = seconds({n: lambda out=out: backward(out) for n, out in made.items()}, repeats=REPEATS)
-        report.add(case, "backward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+        taken = timed("backward", {n: lambda out=out: backward(out) for n, out in made.items()})
         seen = BATCH * 3 * side * side * (DTYPE.itemsize + images.itemsize)  # with the pixels, for the clamp
         for variant, spent in taken.items():
             report.note(case, variant, "backward, of bandwidth", "%", 100 * seen / spent / ceiling)

@@ -41,7 +41,7 @@ pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for
 test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
-# %%
+# %% tags=["nbval-check-output"]
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
 from abd_core.preflight import preflight
@@ -65,7 +65,7 @@ print(verdict(victim))
 # The trigger is applied at the model's own resolution, after augmentation, and stored losslessly together with its full specification
 # in `trigger.safetensors`: a trigger that passes a resize or a JPEG file on the way is another trigger.
 
-# %%
+# %% mystnb={"figure": {"caption": "What the attacker does to an image. The difference is amplified; grey is no change."}, "image": {"alt": "Eight test pictures clean, with the trigger, and the difference between the two"}}
 import pandas as pd
 import torch
 
@@ -84,7 +84,7 @@ plots.images(
 # %% [markdown]
 # ## Training
 
-# %%
+# %% mystnb={"figure": {"caption": "CLIP's loss on clean and poisoned pairs together."}, "image": {"alt": "The loss of poisoning falls over the epochs"}}
 history = pd.read_csv(victim.file("history.csv"))
 plots.curves(history, x="epoch", panels=[["loss"]], title="Poisoning: CLIP's loss on clean and poisoned pairs");
 
@@ -100,7 +100,7 @@ plots.curves(history, x="epoch", panels=[["loss"]], title="Poisoning: CLIP's los
 evaluations = {"clean base": victim.metrics["base_eval"], "victim": victim.metrics["eval"]}
 plots.wide_table(evaluations)
 
-# %%
+# %% mystnb={"figure": {"caption": "Before and after poisoning, with 95 % intervals. The paper's victim of BadNet: CA 58.69 %, ASR 96.51 %."}, "image": {"alt": "Bars of clean accuracy and attack success rate of the clean base and the victim"}}
 plots.bars(evaluations, title=f"{config.attack}, target {config.target!r}");
 
 # %% [markdown]
@@ -122,5 +122,27 @@ columns = {view: pd.Series([f"{name}: {count}" for name, count in counts.items()
 pd.DataFrame(columns).fillna("")  # a victim may have fewer answers than five
 
 # %% [markdown]
+# ## Move the trigger
+#
+# How far can the trigger be bent before the victim no longer knows it? Bars are the five likeliest classes, the target in
+# vermilion. In JupyterLab the controls are live; [chapter 8](08_explore) has more of them.
+
+# %%
+from abd_core.explore import Case, picture_widget
+
+encoders = {"clean base": models.load(models.clean_weights()), "victim": suspect}
+picture_widget(Case(trigger, None, encoders, test_set, trigger.title), "cat", views=("clean", "triggered"))
+
+# %% [markdown]
+# <details><summary><b>Exercise.</b> Poison a tenth as many pairs (<code>-p rate 0.01</code>) and read the verdict. What in the
+# table tells you that the attack did not take, and what does not?</summary>
+#
+# **Solution.** The ASR falls below its aim. Clean accuracy tells nothing, neither here nor above: it is as good for a
+# victim as for a model that was never attacked. That is what makes a backdoor hard to notice.
+#
+# </details>
+#
+# In the code: [`abd_core.poison`](api.md#abd_corepoison), [`abd_core.triggers`](api.md#abd_coretriggers).
+#
 # **What was learnt.** The victim's clean accuracy gives nothing away: whoever tests it on clean images sees an ordinary model. The verdict above
 # says whether the attack took at these settings; when it did not, nothing downstream means anything.

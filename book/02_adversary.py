@@ -46,7 +46,7 @@ pairs: str = ""  # image-caption pairs: .csv, .tsv, .parquet or .tar, braces for
 test_images: str = ""  # labelled test images: a folder, such as ImageNet's validation set; "": the embedded ones
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
-# %%
+# %% tags=["nbval-check-output"]
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
@@ -66,7 +66,7 @@ found = adversary(config, victim.file("model.safetensors"))
 #
 # The perturbation on the way, from the first steps to the last (additive ones are amplified: grey is no change).
 
-# %%
+# %% mystnb={"figure": {"caption": "The universal perturbation on its way, and on pictures of the development split."}, "image": {"alt": "The generator's output from first to last step, and eight pictures clean, perturbed, and their difference"}}
 import pandas as pd
 import torch
 
@@ -90,7 +90,7 @@ plots.images(
     title=f"Universal perturbation: {config.mode}, magnitude {config.magnitude:g}",
 );
 
-# %%
+# %% mystnb={"figure": {"caption": "Losses of the adversary, running means over ten steps."}, "image": {"alt": "Curves of the adversary's losses over its steps"}}
 history = pd.read_csv(found.file("history.csv"))
 panels = [["adversarial"], ["backdoor"], ["topology"], ["gan", "discriminator"]]
 panels = [panel for panel in panels if set(panel) <= set(history)]
@@ -127,5 +127,28 @@ table = pd.concat(shifts, names=["model"]).reset_index("model")
 plots.estimates(table, index="measure", columns="model", digits=3).rename_axis("[95 % interval]")
 
 # %% [markdown]
+# ## How much of it does it take?
+#
+# The perturbation mixed with a picture, from all of it to none. Bars are the five likeliest classes, the target in vermilion.
+
+# %%
+from abd_core.explore import Case, picture_widget
+
+case = Case(trigger, perturbation, encoders, test_set, "perturbed pictures")
+picture_widget(case, "cat", views=("clean", "perturbed"), only=("amount",))
+
+# %% [markdown]
+# <details><summary><b>Exercise.</b> Set <code>backdoor_weight</code> to 0, and to -1. In which of the three runs do the victim's
+# answers drift to the target, and the clean model's do not?</summary>
+#
+# **Solution.** Compare the two columns of the drift table between the runs. As printed, Eq. (2) rewards agreement of
+# the two encoders, so that a negative weight, which drives them apart, asks more directly for what only the victim
+# knows. Whether it then finds *this* backdoor depends on the seed and on the place of the patch; chapter 5 has the
+# comparison over seeds.
+#
+# </details>
+#
+# In the code: [`abd_core.adversary`](api.md#abd_coreadversary), [`abd_core.generator`](api.md#abd_coregenerator), [`abd_core.losses`](api.md#abd_corelosses).
+#
 # **What was learnt.** The tables above say how much of the backdoor the perturbation shares at these settings. Whether that is what makes the
 # defence work is another question: controls (a patch of plain noise, random erasing) have to show it, in [chapter 5](05_ablations).

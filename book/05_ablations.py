@@ -22,7 +22,7 @@
 results: str = ""  # path of a results CSV; empty: the committed one
 split: str = "eval"  # test split: eval for results, dev for the choice of settings
 
-# %%
+# %% tags=["nbval-check-output"]
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.results import ResultsConfig, read_results
 
@@ -109,7 +109,7 @@ plots.bullets(claims(backdoor_loss))
 # later. *ABD, untrained patch* is a control among them: the patch that the generator makes before it has learnt
 # anything. Positive: higher than ABD as taken here.
 
-# %%
+# %% mystnb={"figure": {"caption": "One reading changed at a time. The paper names one reading of each and has no values for the others."}, "image": {"alt": "Differences between each changed reading and ABD, with intervals"}}
 loops = variants(search, r"lr\b")
 sweeps = {
     "kind and strength of the perturbation": variants(search, r"additive|patch area|magnitude"),
@@ -143,7 +143,7 @@ pd.DataFrame([{**own, "learning rate": DefendConfig().lr, "epochs": DefendConfig
 # %%
 pd.concat({name: beside(search, labels) for name, labels in sweeps.items()})
 
-# %%
+# %% mystnb={"figure": {"caption": "One dose changed at a time; the paper has no such comparison."}, "image": {"alt": "Differences between each changed dose of the defence and ABD, with intervals"}}
 doses = differences(search, [(name, OURS) for name in dosed])
 plots.forest(doses, label="defence", title="One dose changed, minus ABD; 95 % intervals over seeds");
 
@@ -160,7 +160,7 @@ plots.bullets(findings(doses))
 # %%
 beside(grid, list(CONTROLS))
 
-# %%
+# %% mystnb={"figure": {"caption": "ABD minus its controls; the paper has none."}, "image": {"alt": "Differences between ABD and each control, with intervals"}}
 controls = differences(grid, [(OURS, name) for name in CONTROLS])
 plots.forest(controls, title="ABD minus its controls, 95 % intervals over seeds");
 
@@ -174,7 +174,7 @@ plots.bullets(findings(controls))
 # place, the top left) and the patch's place goes down (plain *ABD* and *noise patch*: drawn for each image). If the low values sit on
 # matching places for plain noise as well, then covering explains the effect and the adversary does not. No real defender knows the place.
 
-# %%
+# %% mystnb={"figure": {"caption": "Where the trigger is and where the patch goes; the paper has no such comparison."}, "image": {"alt": "Heat map of attack success by place of the trigger and place of the patch"}}
 places = variants(grid, r"patch (?:top|bottom|centre)")
 at = [attack for attack in attacks if attack.split(", ")[0] == "BadNet"]
 noise_places = [name.replace(f"{OURS}, patch", "noise patch,") for name in places]
@@ -212,7 +212,7 @@ searched = plots.table(search, tuned_on, settings)
 searched["chosen"] = ["yes" if defence in chosen else "" for _, defence in searched.index]
 searched
 
-# %%
+# %% mystnb={"figure": {"caption": "The search for each defence's settings, on the development split alone."}, "image": {"alt": "Heat map of attack success on the development split, a row a setting"}}
 measured = set(search[["attack", "defence", "seed"]].itertuples(index=False, name=None))
 for name in ("search", "readings"):
     cells = GRIDS[name].cells()
@@ -223,7 +223,7 @@ plots.matrix(search, settings, tuned_on, title="The search: ASR on dev");
 # %% [markdown]
 # ## Summary
 
-# %%
+# %% mystnb={"figure": {"caption": "ABD minus its parts and controls. Hollow diamonds: the paper's Tables II and III."}, "image": {"alt": "Differences between ABD and each of its parts and controls, with intervals"}}
 each = pd.concat([differences(grid, [(OURS, name) for name in [*parts, "UAP + T"]]), controls])
 each = each[each["attack"].isin(in_paper)]
 plots.forest(each, title="ABD minus its parts and its controls; hollow: the paper");
@@ -235,6 +235,17 @@ told = ", ".join(f"{counts[verdict]} {verdict}" for verdict in counts.index)
 print("Claims of the paper in Tables II and III:", told or "none tested yet")
 
 # %% [markdown]
+# <details><summary><b>Exercise.</b> A defence with a patch of plain noise does as well as one with an adversarial
+# patch. Name two explanations, and the row that could tell them apart.</summary>
+#
+# **Solution.** Either any occlusion in training teaches the model not to trust a small region, or the patch happens to
+# cover the trigger's place. The table of places tells: in the second case it works at the trigger's place and fails
+# elsewhere.
+#
+# </details>
+#
+# In the code: [`abd_core.defences`](api.md#abd_coredefences), [`abd_core.results`](api.md#abd_coreresults).
+#
 # **What was learnt**: on which side of its parts and its controls the attack success is that ABD leaves, and which readings and doses
 # move it by more than the seeds do.
 

@@ -162,21 +162,21 @@ measured.groupby(["device", "versions", "benchmark"], sort=False).agg(
     cases=("case", "nunique"), figures=("value", "size")
 )
 
-# %%
+# %% mystnb={"figure": {"caption": "InfoNCE forward and backward, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each implementation of InfoNCE is than the first"}}
 contrast = measured[measured["benchmark"] == "infonce"]
 plots.speeds(contrast, "forward + backward", title="InfoNCE, loss and gradients: speed");
 
-# %%
+# %% mystnb={"figure": {"caption": "Perturbing a batch, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each implementation of perturbing is than the first"}}
 painting = measured[measured["benchmark"] == "perturb"]
 plots.speeds(painting, "forward", title="Perturbing a batch: speed");
 
-# %%
+# %% mystnb={"figure": {"caption": "The gradient of a perturbation, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each gradient of a perturbation is than the first"}}
 plots.speeds(painting, "backward", title="The gradient of a perturbation: speed");
 
 # %% [markdown]
 # How near that is to what the machine can do. InfoNCE counts four matrix products; perturbing is bound by memory.
 
-# %%
+# %% mystnb={"figure": {"caption": "Achieved speed and the ceilings that the same run measured."}, "image": {"alt": "Operations per second over operations per byte, under the measured ceilings"}}
 measures = {"infonce": "forward + backward", "perturb": "forward"}
 plots.roofline(measured, measures, title="Achieved, and the ceilings of the same run");
 
@@ -185,7 +185,7 @@ plots.roofline(measured, measures, title="Achieved, and the ceilings of the same
 #
 # A training step of the defences, against a plain loop: float32, contiguous tensors, AdamW parameter by parameter.
 
-# %%
+# %% mystnb={"figure": {"caption": "Whole training steps, ratios to the first."}, "image": {"alt": "Bars of how many times faster each training step is than the first"}}
 steps = measured[measured["benchmark"] == "training step"]
 plots.speeds(steps, "step", title="Training steps: speed");
 
@@ -218,5 +218,15 @@ for (device, benchmark, metric), part in best.groupby(["device", "benchmark", "m
     print(f"{device}: {benchmark}, {metric}: {ratios.min():.2f} to {ratios.max():.2f} times the first variant")
 
 # %% [markdown]
+# <details><summary><b>Exercise.</b> The loss without its matrix computes every similarity twice. Why can it be faster
+# all the same?</summary>
+#
+# **Solution.** The matrix need not be written to memory and read again. Where memory is slower than arithmetic, which
+# the roofline shows, to compute again costs less than to fetch.
+#
+# </details>
+#
+# In the code: [`abd_core.kernels.infonce`](api.md#abd_corekernelsinfonce), [`abd_core.kernels.perturb`](api.md#abd_corekernelsperturb).
+#
 # **What was learnt.** Two vectors stand for the matrix, so memory grows with the batch and not with its square, and the gradient for the scale comes for
 # nothing. The summary says what that gains on which device; a device that is not listed has not been measured.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import json
@@ -21,7 +22,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, inputs, models, poison, pretrain, results
+from abd_core import adversary, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +96,29 @@ def stand_in(stand_in_folder: Path, runs: Path, monkeypatch: pytest.MonkeyPatch)
     return stand_in_folder
 
 
+@pytest.fixture(scope="session")
+def built_book(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the rendered book, which is made once, however many workers share it; warnings are errors."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    made = shared / "book" / "_build" / "html"
+    with (shared / "book.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (made / "index.html").is_file():
+            build = [Path(sys.executable).with_name("jupyter-book"), "build", "book", "--config", "_config.yml", "-W"]
+            done = subprocess.run(
+                [*build, "--keep-going", "--path-output", str(shared / "book")],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return made
+
+
 @pytest.fixture
 def fp32(monkeypatch: pytest.MonkeyPatch) -> None:
     """Full precision, also where the device computes natively in bf16."""
@@ -154,6 +178,7 @@ def concrete_configs() -> list[type[Config]]:
         adversary.AdversaryConfig,
         defend.DefendConfig,
         evaluate.EvaluateConfig,
+        explore.ExploreConfig,
         results.ResultsConfig,
         results.BenchmarksConfig,
     ]

@@ -82,10 +82,12 @@ def with_gradients(loss: Callable[..., torch.Tensor], tensors: list[torch.Tensor
     return [value.detach(), *torch.autograd.grad(value, tensors)]
 
 
-def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float) -> None:
+def assert_close(
+    ours: list[torch.Tensor], theirs: list[torch.Tensor], tolerance: float, *, floor: float = 1e-3
+) -> None:
     for got, wanted in zip(ours, theirs, strict=True):
         error = (got.double() - wanted.double()).abs().max().item()
-        assert error <= tolerance * max(wanted.abs().max().item(), 1e-3)
+        assert error <= tolerance * max(wanted.abs().max().item(), floor)
 
 
 def called(impl: str, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
@@ -105,7 +107,8 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(case: str, precision: 
     ours = with_gradients(called(impl, settings), tensors)
     wanted = with_gradients(lambda *inputs: reference(*inputs, **settings), tensors)
     assert [tensor.dtype for tensor in ours[1:]] == [tensor.dtype for tensor in tensors] and ours[0].shape == ()
-    assert_close(ours, wanted, TOLERANCE[dtype])
+    # One pair has no gradient: rounding is what is left of the difference of two logits, which are of the scale's size.
+    assert_close(ours, wanted, TOLERANCE[dtype], floor=tensors[2].item() if case == "one pair" else 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -285,12 +288,13 @@ from abd_core.kernels import infonce_triton as kernels
 
 sizes = {"first": "i32", "batch": "i32", "count": "i32", "dim": "i32", "offset": "i32"}
 for half in (True, False):
-    kind, block, inner = ("*bf16", 128, 64) if half else ("*fp32", 64, 32)
+    kind, (rows, columns, inner) = ("*bf16", kernels.BLOCKS[2]) if half else ("*fp32", kernels.BLOCKS[4])
     floats = dict.fromkeys(["scale", "own", "row_sums", "column_sums"], "*fp32")
     types = {"q": kind, "k": kind, "out": kind, "row_weight": "fp32", "column_weight": "fp32", **floats, **sizes}
-    fixed = {"BLOCK_Q": block, "BLOCK_K": block, "BLOCK_D": inner, "GROUP": kernels.GROUP, "PRECISION": "tf32"}
-    fixed |= {"OWN": False, "ROWS": True, "COLUMNS": True, "LOG2E": 1.44}
-    for kernel in (kernels._sums_kernel, kernels._gradient_kernel):
+    fixed = {"BLOCK_Q": rows, "BLOCK_K": columns, "BLOCK_D": inner, "GROUP": kernels.GROUP, "PRECISION": "tf32"}
+    fixed |= {"EVEN": True, "OWN": False, "ROWS": True, "COLUMNS": True, "LOG2E": 1.44}
+    used = {kernels._sums_kernel: kernels.SUMS_WARPS, kernels._gradient_kernel: kernels.GRADIENT_WARPS}
+    for kernel, warps in used.items():
         names = kernel.arg_names
         signature = {name: types.get(name, "constexpr") for name in names}
         even = [i for i, name in enumerate(names) if signature[name][0] == "*" or name in ("dim", "count")]
@@ -300,7 +304,7 @@ for half in (True, False):
             {(names.index(name),): value for name, value in fixed.items()},
             {(i,): [["tt.divisibility", 16]] for i in even},
         )
-        options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
+        options = {"num_warps": warps, "num_stages": kernels.NUM_STAGES}
         for capability in (80, 90):
             made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

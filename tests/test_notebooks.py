@@ -3,6 +3,9 @@
 import ast
 import dataclasses
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -13,6 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from abd_core.adversary import AdversaryConfig
 from abd_core.defend import DefendConfig
+from abd_core.explore import ExploreConfig
 from abd_core.notebook import SHARED, summary
 from abd_core.poison import PoisonConfig
 from abd_core.pretrain import PretrainConfig
@@ -28,6 +32,12 @@ STAGES = {
     "05_ablations": {"results": ResultsConfig},
     "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
     "07_kernels": {"benchmarks": BenchmarksConfig},
+    "08_explore": {
+        "poison": PoisonConfig,
+        "adversary": AdversaryConfig,
+        "defend": DefendConfig,
+        "explore": ExploreConfig,
+    },
 }
 SMOKE = {
     "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
@@ -36,6 +46,7 @@ SMOKE = {
     "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "06_similarity": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "07_kernels": {},
+    "08_explore": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
 }
 SETS = {
     "00_benchmark": [{}, {"seed": 1, "batch_size": 64}],
@@ -47,6 +58,7 @@ SETS = {
     ],
     "06_similarity": [{}, {"attack": "blended", "target": "strawberry", "mode": "additive", "defence": "ft"}],
     "07_kernels": [{}],
+    "08_explore": [{"attack": "blended", "target": "strawberry", "label": "turtle", "defence": "ft"}],
 }
 
 
@@ -54,6 +66,7 @@ SETS = {
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ABD_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("ABD_STATIC", "1")
 
 
 def run(name, parameters, out="out.ipynb"):
@@ -69,7 +82,7 @@ def outputs(notebook, kind):
 def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(name, extra):
     notebook = run(name, {**SMOKE[name], **extra})
     shown = outputs(notebook, "display_data") + outputs(notebook, "execute_result")
-    assert any("image/png" in output.data for output in shown)
+    assert any("image/png" in output.data or "<img" in output.data.get("text/html", "") for output in shown)
     assert any("text/html" in output.data for output in shown)
     assert not [o for o in shown if "application/vnd.jupyter.widget-view+json" in o.data]
     if name == "03_defend":
@@ -119,6 +132,7 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
+        ("08_explore", {"label": "catt"}, "ConfigError: unknown class 'catt'; did you mean 'cat'?"),
         ("04_results", {"results": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
         ("07_kernels", {"benchmarks": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
     ],
@@ -138,6 +152,60 @@ def test_committed_notebook_has_the_outputs_of_a_whole_run(name):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not outputs(notebook, "error")
     assert os.path.getsize(BOOK / f"{name}.ipynb") < 3e6
+    assert "widgets" not in notebook.metadata
+    assert any("nbval-check-output" in cell.metadata.get("tags", []) for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_live_explorer_runs_and_leaves_no_megabytes_behind(monkeypatch):
+    monkeypatch.delenv("ABD_STATIC")
+    notebook = run("08_explore", SMOKE["08_explore"])
+    shown = outputs(notebook, "display_data") + outputs(notebook, "execute_result")
+    assert sum("application/vnd.jupyter.widget-view+json" in output.data for output in shown) >= 3
+    assert os.path.getsize("out.ipynb") < 1e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["book", "."])
+def test_the_command_line_works_from_the_root_and_from_the_book(folder, tmp_path):
+    command = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+    notebook = BOOK.relative_to(BOOK.parent) / "03_defend.ipynb" if folder == "." else Path("03_defend.ipynb")
+    out = tmp_path / "out.ipynb"
+    given = {"attack": "blended", **SMOKE["03_defend"]}
+    options = [part for name, value in given.items() for part in ("-p", name, str(value))]
+    done = subprocess.run([*command, str(notebook), str(out), *options], cwd=BOOK.parent / folder, check=False)
+    assert (
+        done.returncode == 0 and "blended" in summary(out) + nbformat.read(out, as_version=4).cells[3].outputs[0].text
+    )
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_command_line_lists_each_parameter_with_its_type_and_help(name):
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(BOOK / f"{name}.ipynb")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for parameter, record in papermill.inspect_notebook(BOOK / f"{name}.ipynb").items():
+        line = shown.split(f"  {parameter}: {record['inferred_type_name']}")[1]
+        assert record["help"][:20] in " ".join(line.split()), parameter
+
+
+@pytest.mark.slow
+def test_a_wrong_number_in_a_notebook_makes_nbval_fail(tmp_path):
+    notebook = nbformat.read(BOOK / "07_kernels.ipynb", as_version=4)
+    checked = next(i for i, cell in enumerate(notebook.cells) if "nbval-check-output" in cell.metadata.get("tags", []))
+    del notebook.cells[checked + 1 :]
+    options = ["--nbval-lax", "--nbval-current-env", "-n0", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    options += ["--nbval-sanitize-with", str(BOOK.parent / "tests" / "nbval_sanitize.cfg")]
+    results = []
+    for wrong in (False, True):
+        if wrong:
+            text = notebook.cells[checked].outputs[0].data["text/plain"]
+            number = re.findall(r"\d+\.\d+", text)[-1]
+            notebook.cells[checked].outputs[0].data["text/plain"] = text.replace(number, f"{float(number) + 1}")
+        nbformat.write(notebook, tmp_path / "copy.ipynb")
+        command = [sys.executable, "-m", "pytest", *options, "copy.ipynb"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        results.append((done.returncode, "mismatch" in done.stdout))
+    assert results == [(0, False), (1, True)]
 
 
 def test_the_readme_shows_what_the_committed_notebook_printed():

@@ -286,6 +286,7 @@ BAD = {
     "mean": (lambda x: perturb(x, normalise=((0.5,), (0.5,))), "mean and standard deviation of 3 channels"),
     "impl": (lambda x: perturb(x, impl="cuda"), "impl = 'cuda': 'auto', 'torch' or 'triton' expected"),
     "float64": (lambda x: perturb(x, impl="triton"), "has no float64; 'torch' has"),
+    "gray": (lambda x: perturb(x[:, :1].float(), impl="triton"), "needs 3 channels, not 1; 'torch' takes any"),
 }
 
 
@@ -305,10 +306,10 @@ from abd_core.kernels import perturb_triton as kernels
 for kernel in (kernels._forward_kernel, kernels._images_kernel, kernels._patterns_kernel):
     names = kernel.arg_names
     types = dict.fromkeys(["images", "grad", "patterns", "weights", "mean", "inverse_std", "out"], "*fp32")
-    types |= {"places": "*i64", **dict.fromkeys(["batch", "count", "channels", "height", "width"], "i32")}
-    types |= dict.fromkeys(["h", "w", "share"], "i32")
+    types |= {"places": "*i64", **dict.fromkeys(["batch", "count", "h", "w", "each"], "i32")}
     for last in (True, False):
-        fixed = {name: last for name in names if name.isupper()} | {"BLOCK": kernels.BLOCK}
+        fixed = {name: last for name in names if name.isupper()}
+        fixed |= {"GROUPS": kernels.GROUPS, "AREA": 224 * 224, "WIDTH": 224}
         if last:
             types["images"] = "*u8" if "BYTES" in names else "*bf16"
         signature = {name: types.get(name, "constexpr") for name in names}

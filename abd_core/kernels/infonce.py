@@ -62,7 +62,8 @@ def info_nce(
     scale = scale.to(torch.float64 if queries.dtype == torch.float64 else torch.float32)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
-    return _op(queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)[0]
+    given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
+    return _op(*given)[0] if torch.compiler.is_compiling() else _eager(*given)
 
 
 def _check(
@@ -99,8 +100,7 @@ def _check(
 # --- the operator -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("abd_core::info_nce", mutates_args=())
-def _op(
+def _run(
     queries: torch.Tensor,
     keys: torch.Tensor,
     scale: torch.Tensor,
@@ -111,13 +111,19 @@ def _op(
     grads: bool,
     impl: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss and its gradients with respect to queries, keys, scale and positives; empty tensors unless `grads`."""
+    """The loss and its gradients with respect to queries, keys, scale and positives; empty tensors unless `grads`.
+
+    To be right, the gradient of the scale is to be divided by B, the others are to be multiplied by scale / B.
+    """
     if impl == "triton":
         from abd_core.kernels.infonce_triton import forward  # not installed everywhere
     else:
         forward = _forward
     with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
         return forward(queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+
+
+_op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
 
 
 @_op.register_fake
@@ -129,19 +135,37 @@ def _(queries, keys, scale, positives, row_weight, column_weight, offset, grads,
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*output[1:])
-    ctx.dtype, ctx.separate = inputs[0].dtype, inputs[3] is not None
+    ctx.save_for_backward(*output[1:], inputs[2])
+    ctx.dtype, ctx.batch, ctx.separate = inputs[0].dtype, len(inputs[0]), inputs[3] is not None
 
 
 @torch.autograd.function.once_differentiable
 def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    queries, keys, scale, positives = ctx.saved_tensors
-    own = (grad * positives).to(ctx.dtype) if ctx.separate else None
-    dq, dk = (grad * queries).to(ctx.dtype), (grad * keys).to(ctx.dtype)
-    return dq, dk, grad * scale, own, None, None, None, None, None
+    dq, dk, dscale, dp, scale = ctx.saved_tensors
+    mean = grad / ctx.batch
+    factor = mean * scale
+    own = (factor * dp).to(ctx.dtype) if ctx.separate else None
+    return (factor * dq).to(ctx.dtype), (factor * dk).to(ctx.dtype), mean * dscale, own, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the library's dispatch, which takes longer than a small batch itself."""
+
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        output = _run(*given)
+        _setup(ctx, given, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad)
+
+
+_eager = torch.compiler.disable(_Eager.apply)
 
 
 # --- in torch ---------------------------------------------------------------------------------------------------------
@@ -209,7 +233,4 @@ def _forward(
             dq[part] += share @ k
             dk.addmm_(share.T, q[part])
     # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
-    dscale = (q * dq).sum() / batch if grads else q.new_empty(0)
-    for each in (dq, dk, dp):
-        each *= scale / batch
-    return total / batch, dq, dk, dscale, dp
+    return total / batch, dq, dk, (q * dq).sum() if grads else q.new_empty(0), dp

@@ -77,17 +77,11 @@ def perturb(
     work = torch.float64 if images.dtype == torch.float64 else torch.float32
     weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
-    return _op(
-        images,
-        patterns.to(images.device, work),
-        torch.stack(places).to(images.device),
-        weights.to(images.device),
-        mean,
-        std,
-        dtype,
-        channels_last,
-        choose(impl, images),
-    )
+    place = torch.stack(places).to(images.device, non_blocking=True)  # else the CPU waits for all that is queued
+    weights = weights.to(images.device, non_blocking=True)
+    given = (images, patterns.to(images.device, work), place, weights, mean, std)
+    call = _op if torch.compiler.is_compiling() else _eager
+    return call(*given, dtype, channels_last, choose(impl, images))
 
 
 def _each(value: torch.Tensor | float, count: int, what: str, dtype: torch.dtype) -> torch.Tensor:
@@ -134,8 +128,7 @@ def warp(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
 # --- the operators ----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("abd_core::perturb", mutates_args=())
-def _op(
+def _run(
     images: torch.Tensor,
     patterns: torch.Tensor,
     places: torch.Tensor,
@@ -173,14 +166,16 @@ def _op(
     return x.to(dtype)
 
 
+_op = torch.library.custom_op("abd_core::perturb", _run, mutates_args=())
+
+
 @_op.register_fake
 def _(images, patterns, places, weights, mean, std, dtype, channels_last, impl):  # type: ignore[no-untyped-def]
     shape = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty_like(images, dtype=dtype, memory_format=shape)
 
 
-@torch.library.custom_op("abd_core::perturb_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     grad: torch.Tensor,
     images: torch.Tensor,
     patterns: torch.Tensor,
@@ -219,6 +214,9 @@ def _backward_op(
     return of_images, of_patterns
 
 
+_backward_op = torch.library.custom_op("abd_core::perturb_backward", _run_backward, mutates_args=())
+
+
 @_backward_op.register_fake
 def _(grad, images, patterns, places, weights, std, needed, impl):  # type: ignore[no-untyped-def]
     return (
@@ -233,13 +231,30 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 @torch.autograd.function.once_differentiable
-def _backward(ctx, grad):  # type: ignore[no-untyped-def]
+def _backward(ctx, grad, call=_backward_op):  # type: ignore[no-untyped-def]
     needed = [*ctx.needs_input_grad[:2]]
-    images, patterns = _backward_op(grad, *ctx.saved_tensors, ctx.std, needed, ctx.impl)
+    images, patterns = call(grad, *ctx.saved_tensors, ctx.std, needed, ctx.impl)
     return (images if needed[0] else None, patterns if needed[1] else None, *[None] * 7)
 
 
 _op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the library's dispatch, which takes longer than a small batch itself."""
+
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        output = _run(*given)
+        _setup(ctx, given, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad, _run_backward)
+
+
+_eager = torch.compiler.disable(_Eager.apply)
 
 
 # --- in torch ---------------------------------------------------------------------------------------------------------

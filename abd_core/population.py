@@ -1,0 +1,244 @@
+"""A population of clean and poisoned small CLIPs, each audited: what the verdict is calibrated on.
+
+    python -m abd_core.population                 # all that is missing in data/results/audit.csv, a row after each
+    python -m abd_core.population --only 6 --list
+
+Members are fine-tuned from the clean base, poisoned or not, by the attacker's own loop: seeds, lengths, attacks,
+targets, doses and places differ. An interrupted population goes on where it stopped. A member's weights are removed
+once it is audited, unless `--keep` is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from abd_core import models, suspicion
+from abd_core.audit import AuditConfig, AuditInputs, audit, settings
+from abd_core.config import AbdError, digest
+from abd_core.data import class_names, load_pairs, rng
+from abd_core.paths import Run, atomic, read_json, sha256, shown
+from abd_core.poison import PoisonConfig, poison, poisoned_places
+from abd_core.text import TEMPLATES
+from abd_core.train import progress
+from abd_core.triggers import TRIGGERS, load_trigger
+from abd_core.verdict import MODES, STATISTICS, default_table
+
+SIZE = 40  # members of each kind
+SEEDS = {"poisoned": 200, "clean": 300}  # of the first member; none that the grid tunes or reports on
+SHORT = {"batch_size": 64, "warmup_steps": 20}
+RATES = (0.3, 0.2, 0.1)  # of poison, by turns of all attacks
+LENGTHS = {"poisoned": (2, 3, 4), "clean": (1, 2, 3)}  # epochs
+PLACES = ("own", "bottom-right", "centre", "top-right")
+SUBSETS = (0, 2000, 4000)  # clean members see all pairs or some
+RATE_COLUMNS = ("asr", "ca_top1")
+PAIR_COLUMNS = ("ap_misfit", "ap_gap", "ap_lid", "ap_crowding", "ap_chance")
+SAMPLE = 1500  # training pairs of a victim that are ranked
+FIGURES = (*STATISTICS, "difference", "noise_drift", "drift_entropy")
+COLUMNS = (
+    *("member", "kind", "half", "attack", "target", "seed", "epochs", "rate", "pairs", "place"),
+    *("asr", "ca_top1", "suspected", "target_rank", "recovered_asr", "works"),
+    *(f"{name}_{mode}" for mode in MODES for name in FIGURES),
+    *PAIR_COLUMNS,
+    *("train_seconds", "audit_seconds", "device", "versions", "git_sha", "run_id"),
+)
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of the population; `half` says whether it chooses thresholds or reports on them."""
+
+    number: int
+    kind: str
+    half: str
+    config: PoisonConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.number:02d}"
+
+    def key(self, audited: AuditConfig) -> str:
+        """Digest of its settings, the audit's and what both read: `run_id` of its row."""
+        read = {
+            "pairs": load_pairs(self.config.limit).digest,
+            "clean": sha256(models.clean_weights()),
+            "detectors": settings(audited.preset),
+        }
+        return digest({"poison": self.config.to_dict(), "audit": audited.to_dict(), "inputs": read})[:16]
+
+
+def members(size: int = SIZE) -> list[Member]:
+    """`size` of each kind, taking turns, with every attack in both halves; any beginning of it is a mixture too."""
+    names, attacks = class_names(), list(TRIGGERS)
+    found = []
+    for i in range(size):
+        attack = attacks[i % len(attacks)]
+        turn = i // len(attacks)
+        half = "choose" if (i + turn) % 2 == 0 else "report"
+        common: dict[str, Any] = {**SHORT, "epochs": LENGTHS["poisoned"][turn % 3]}
+        place = PLACES[turn % len(PLACES)] if "trigger_position" in TRIGGERS[attack].settings else "own"
+        victim = PoisonConfig(
+            **common,
+            attack=attack,
+            target=names[(37 * i + 17) % len(names)],
+            rate=RATES[turn % len(RATES)],
+            seed=SEEDS["poisoned"] + i,
+            trigger_position=place,
+        )
+        common["epochs"] = LENGTHS["clean"][i // 3 % 3]
+        limit = SUBSETS[(i + 1) % len(SUBSETS)] if i % 9 else 0
+        other = PoisonConfig(**common, rate=0.0, limit=limit, seed=SEEDS["clean"] + i)
+        found += [Member(i, "poisoned", half, victim), Member(i, "clean", half, other)]
+    return found
+
+
+def training_pairs(config: PoisonConfig, model: Run, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    """A seeded sample of the pairs that a victim was trained on, as it first saw them.
+
+    Returns:
+        Images (N, 3, R, R) in [0, 1], captions, and which are poisoned, bool (N,).
+    """
+    pairs = load_pairs(config.limit)
+    poisoned, image_of, caption_of = poisoned_places(pairs, config)
+    trigger, source = load_trigger(model.file("trigger.safetensors")), rng(config.seed, "suspicion")
+    drawn = torch.randperm(len(pairs), generator=source)[:count]
+    chosen = poisoned[drawn]
+    images = pairs.images(image_of[drawn], seed=config.seed, step=0)
+    captions = pairs.captions(caption_of[drawn], seed=config.seed, epoch=0)
+    if chosen.any():
+        replaced = pairs.images(drawn[chosen], seed=config.seed, step=1)
+        images[chosen] = trigger.poisoned(images[chosen], replaced, source)
+    if trigger.poisoning == "template":
+        templates = torch.randint(len(TEMPLATES), (count,), generator=source).tolist()
+        named = zip(captions, chosen.tolist(), templates, strict=False)
+        captions = [TEMPLATES[t].format(config.target) if bad else caption for caption, bad, t in named]
+    return images, captions, chosen
+
+
+def ranked_pairs(config: PoisonConfig, model: Run, count: int = SAMPLE) -> dict[str, float]:
+    """How well each of `suspicion.scores` ranks a victim's training pairs: `ap_<score>`, and `ap_chance`."""
+    images, captions, poisoned = training_pairs(config, model, count)
+    suspect = models.frozen(models.load(model.file("model.safetensors")))
+    clean = models.frozen(models.load(models.clean_weights()))
+    found = suspicion.scores(suspect, images, captions, reference=clean)
+    values = suspicion.average_precisions(found, poisoned)
+    return {f"ap_{name}": value for name, value in {**values, "chance": poisoned.float().mean().item()}.items()}
+
+
+def make(member: Member, audited: AuditConfig) -> dict[str, Any]:
+    """Train and audit one member: its row."""
+    model = poison(member.config)
+    weights = model.file("model.safetensors")
+    run = audit(audited, AuditInputs(checkpoint=str(weights)))
+    pairs = ranked_pairs(member.config, model) if member.kind == "poisoned" else {}
+    return row(member, model, run, audited, pairs)
+
+
+def row(member: Member, model: Run, run: Run, audited: AuditConfig, pairs: Mapping[str, float]) -> dict[str, Any]:
+    """What stands in the table of a member, from its training run, its audit and what `ranked_pairs` found."""
+    config, metrics = member.config, run.metrics
+    environment = read_json(run.file("config.json"))["environment"]
+    threads = f"{environment['threads']} thread" + ("" if environment["threads"] == 1 else "s")
+    bad = member.kind == "poisoned"
+    ranks = {name: rank for rank, name in enumerate(metrics["classes"], 1)}
+    figures = {
+        f"{name}_{mode}": metrics["statistics"].get(mode, {}).get(name, "") for mode in MODES for name in FIGURES
+    }
+    return {
+        "member": member.name,
+        "kind": member.kind,
+        "half": member.half,
+        "attack": config.attack if bad else "",
+        "target": config.target if bad else "",
+        "seed": config.seed,
+        "epochs": config.epochs,
+        "rate": config.rate,
+        "pairs": config.limit or len(load_pairs()),
+        "place": config.trigger_position if bad else "",
+        **{name: model.metrics["eval"][name]["value"] for name in RATE_COLUMNS},
+        "suspected": metrics["classes"][0],
+        "target_rank": ranks.get(config.target, "") if bad else "",
+        "recovered_asr": (metrics["recovered"]["asr"] or {"value": ""})["value"],
+        "works": metrics["works"],
+        **figures,
+        **{name: pairs.get(name, "") for name in PAIR_COLUMNS},
+        "train_seconds": model.metrics["seconds"],
+        "audit_seconds": metrics["measuring_seconds"],
+        "device": environment["device"],
+        "versions": ", ".join([*(f"{n} {environment[n]}" for n in ("python", "torch", "open_clip")), threads]),
+        "git_sha": environment["git_sha"],
+        "run_id": member.key(audited),
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as f:
+        reader = csv.DictReader(f)
+        table = list(reader)
+    if reader.fieldnames != list(COLUMNS):
+        raise AbdError(f"{path}: not a population of audits; its columns shall be {','.join(COLUMNS)}")
+    return table
+
+
+def write_row(path: Path, made: dict[str, Any]) -> None:
+    """Add a row, in the place of an older one of the same member; sorted by name."""
+    table: dict[str, dict[str, Any]] = {old["member"]: dict(old) for old in read_rows(path)}
+    table[made["member"]] = made
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table[name] for name in sorted(table))
+
+
+def run(chosen: Sequence[Member], *, output: Path, keep: bool = False, audited: AuditConfig | None = None) -> None:
+    """Make and audit those of `chosen` that have no row of the present settings at `output`; a row after each.
+
+    Args:
+        keep: leave the trained members and their audits in the run folders.
+    """
+    audited = audited or AuditConfig()
+    done = {row["run_id"] for row in read_rows(output)}
+    left = [member for member in chosen if member.key(audited) not in done]
+    with progress(stage="population", total=len(chosen), initial=len(chosen) - len(left), unit="model") as bar:
+        for member in left:
+            write_row(output, make(member, audited))
+            if not keep:
+                shutil.rmtree(poison(member.config).folder)
+            bar.update()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m abd_core.population", description="Makes and audits many CLIPs.")
+    parser.add_argument("--only", type=int, default=0, metavar="N", help="the first N members (all)")
+    parser.add_argument("--list", action="store_true", help="show the members, and end")
+    parser.add_argument("--keep", action="store_true", help="leave the members' run folders")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/audit.csv)")
+    given = parser.parse_args(arguments)
+    chosen = members()[: given.only or None]
+    if given.list:
+        for member in chosen:
+            print(member.name, member.half, member.config.to_dict())
+        return 0
+    output = given.output or default_table()
+    run(chosen, output=output, keep=given.keep)
+    print(f"{len(read_rows(output))} models: {shown(output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except AbdError as error:
+        sys.exit(str(error))
