@@ -32,7 +32,7 @@ from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence, freeze_
 from abd_core.defend import defend
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
-from abd_core.paths import RunError, read_json
+from abd_core.paths import RunError, read_json, sha256
 from abd_core.poison import PoisonConfig, poison
 from abd_core.train import Step, TrainConfig, fit
 from abd_core.triggers import TRIGGERS
@@ -457,6 +457,21 @@ def test_a_stage_of_two_processes_ends_where_one_ends_and_shares_its_run_folder(
     assert history["loss"].tolist() == pytest.approx(alone["history"]["loss"].tolist(), rel=2e-2)
     assert run.metrics["poisoned"] == alone["metrics"]["poisoned"]
     assert poison(config.replace(num_processes=1)).folder == run.folder
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_defence_that_searches_first_is_the_same_of_two_processes(
+    several: Callable, stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first rank's findings are what all train on."""
+    config = DefendConfig(defence="abd-d", limit=48, epochs=1, batch_size=8, search_steps=2, sync_batch_norm=True)
+    together = defend(config.replace(num_processes=2), stand_in / "victim.safetensors")
+    found, losses = sha256(together.file("found.safetensors")), pd.read_csv(together.file("history.csv"))["loss"]
+    alone = defend(config, stand_in / "victim.safetensors", force=True)
+    assert alone.folder == together.folder
+    assert sha256(alone.file("found.safetensors")) == found
+    assert pd.read_csv(alone.file("history.csv"))["loss"].tolist() == pytest.approx(losses.tolist(), rel=2e-2)
 
 
 def test_an_error_of_a_stage_comes_back_as_its_one_line(several: Callable, capfd: pytest.CaptureFixture):
