@@ -89,9 +89,13 @@ def _folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise RunError(f"missing file: {path / 'config.json'}: a folder is read as a Hugging Face CLIPModel")
     config = read_json(path / "config.json")
-    name = huggingface.architecture(config, where=str(path / "config.json"))
+    try:
+        name = huggingface.architecture(config, where=str(path / "config.json"))
+        parts = _parts(path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"damaged file: {path / 'config.json'}, or an index beside it: {error!r}") from None
     weights: dict[str, torch.Tensor] = {}
-    for part in _parts(path):
+    for part in parts:
         weights |= _pickled(part) if part.suffix == ".bin" else _safetensors(part)[0]
     return Checkpoint(huggingface.to_open_clip(weights, where=str(path)), name, huggingface.quick_gelu(config))
 
