@@ -17,13 +17,22 @@ from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 
+from abd_core import escape
+
 
 class AbdError(ValueError):
-    """Anything that the person who runs a stage can mend; its text is one clear line."""
+    """Anything that the person who runs a stage can mend; its text is one clear line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return escape.terminal(super().__str__())
 
 
 class ConfigError(AbdError):
     """A parameter is unknown, of the wrong type or out of range."""
+
+
+class TrainingError(AbdError):
+    """A loss, a weight or a feature stopped being of use: NaN, infinite, or the same whatever the input."""
 
 
 def option(
@@ -36,12 +45,14 @@ def option(
     lt: float | None = None,
     choices: Iterable[str] | None = None,
     place: bool = False,
+    later: bool = False,
 ) -> Any:
     """A dataclass field with its help and what is allowed: bounds for numbers, `choices` for strings.
 
     Args:
         place: it says where or how something is found that enters a run's key by its own digest, so the setting itself
             is no part of the key: data that has moved makes no other run.
+        later: it came after runs had been made, and is part of their key only where it is not at its default.
     """
     bounds = {"≥": ge, ">": gt, "≤": le, "<": lt}
     metadata = {
@@ -49,6 +60,7 @@ def option(
         "bounds": {sign: value for sign, value in bounds.items() if value is not None},
         "choices": None if choices is None else tuple(choices),
         "place": place,
+        "later": later,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -158,10 +170,11 @@ class Config:
         return {**self.key(), **self.places()}
 
     def key(self) -> dict[str, Any]:
-        """The settings that tell runs apart: those that are read, without places."""
+        """The settings that tell runs apart: those that are read, without places; see `option`."""
         unread = self._unread()
-        kept = [f.name for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
-        return {name: getattr(self, name) for name in kept}
+        kept = [f for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
+        values = {f: getattr(self, f.name) for f in kept}
+        return {f.name: value for f, value in values.items() if not f.metadata["later"] or value != f.default}
 
     def places(self) -> dict[str, Any]:
         """The places that are not at their default."""

@@ -18,7 +18,7 @@ import open_clip
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN
 
-from abd_core import models
+from abd_core import models, ranks
 from abd_core.augment import auto_augment, crop_colour_blur, random_erasing
 from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
@@ -333,7 +333,7 @@ class ABDD(Perturbed):
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
         config, path = self.config, folder / "found.safetensors"
         sides = (config.window_low, config.window_high)
-        if not path.exists():  # else an earlier process got further
+        if ranks.agreed(not path.exists()):  # else an earlier process got further
             search(
                 models.frozen(copy.deepcopy(model)),
                 models.frozen(clean_model(self.clean, model)),
@@ -345,6 +345,7 @@ class ABDD(Perturbed):
                 bound=config.field_bound,
                 sides=sides,
             ).save(path)
+        ranks.barrier()
         self.found = Disagreement.load(path, sides)
         super().defend(model, folder)
 

@@ -15,7 +15,9 @@ from abd_core.config import ConfigError
 from abd_core.defences import DEFENCES, DefendConfig, placed
 from abd_core.evaluate import evaluate
 from abd_core.generator import Perturbation
+from abd_core.launch import launcher
 from abd_core.paths import Run, load_or_make, sha256
+from abd_core.train import steps_an_epoch
 
 
 def defend(
@@ -54,6 +56,7 @@ def defend(
             raise ConfigError(f"{perturbation}: the perturbation is for another resolution: {sides}")
     read = {"victim": sha256(victim), "dev": test.digest}
     if kind.needs_pairs:
+        steps_an_epoch(len(pairs), config)
         read["pairs"] = pairs.digest
     if universal is not None and perturbation is not None:
         read["perturbation"] = sha256(perturbation)
@@ -69,4 +72,5 @@ def defend(
         models.save(model, folder / "model.safetensors")
         return {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
 
-    return load_or_make("defend", config, read, make, force=force)
+    launch = launcher("defend", config, victim=victim, perturbation=perturbation, clean=clean)
+    return load_or_make("defend", config, read, make, force=force, launch=launch if kind.needs_pairs else None)

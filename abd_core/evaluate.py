@@ -11,8 +11,8 @@ from typing import Any
 import open_clip
 import torch
 
-from abd_core import inputs, models
-from abd_core.config import ConfigError, option
+from abd_core import inputs, models, ranks
+from abd_core.config import ConfigError, TrainingError, option
 from abd_core.data import TEST_VENDORS, TestSet, class_index
 from abd_core.inputs import TestInputs
 from abd_core.models import encode_image, encode_text
@@ -96,12 +96,16 @@ def image_features(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Unit features (N, D) of all test images, on the CPU; `change` maps images in [0, 1], e.g. a trigger."""
-    rows = []
-    for start in range(0, len(test_set), batch_size):
-        images = test_set.images[start : start + batch_size].float() / 255
-        rows.append(encode_image(model, change(images) if change else images).cpu())
-    return torch.cat(rows)
+    """Unit features (N, D) of all test images, on the CPU; `change` maps images in [0, 1], e.g. a trigger.
+
+    Several ranks share the batches, and all of them return all features.
+    """
+    parts = {}
+    for number, start in enumerate(range(0, len(test_set), batch_size)):
+        if number % ranks.world() == ranks.rank():  # whole batches, so that their number changes no rounding
+            images = test_set.images[start : start + batch_size].float() / 255
+            parts[start] = encode_image(model, change(images) if change else images).cpu()
+    return ranks.gathered(parts, len(test_set))
 
 
 def similarities(
@@ -111,13 +115,21 @@ def similarities(
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Cosine of every test image with every class, float (N, K), in eval mode; `change` as for `image_features`."""
+    """Cosine of every test image with every class, float (N, K), in eval mode; `change` as for `image_features`.
+
+    Raises:
+        TrainingError: the model gives NaN or infinity for an image or a class.
+    """
     training = model.training
     model.eval()
     weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
     features = image_features(model, test_set, change=change, batch_size=batch_size)
     model.train(training)
-    return features @ weights.cpu().T
+    cosines = features @ weights.cpu().T
+    if not torch.isfinite(cosines).all():
+        image, name = (int(places[0]) for places in (~torch.isfinite(cosines)).nonzero(as_tuple=True))
+        raise TrainingError(f"evaluation: NaN or infinity for image {image} and class {test_set.class_names[name]!r}")
+    return cosines
 
 
 @dataclass(frozen=True)

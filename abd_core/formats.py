@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from abd_core import models, sources
+from abd_core import models, ranks, sources
 from abd_core.config import AbdError, ConfigError, digest, unknown
 from abd_core.paths import RunError, atomic, cache_dir
 
@@ -586,17 +586,25 @@ class ImagePairs:
     def images(self, indices: torch.Tensor, *, seed: int = 0, step: int = 0) -> torch.Tensor:
         """The images of the pairs `indices` (B,): float (B, 3, R, R) in [0, 1], on the device.
 
+        Of a batch that several ranks share, each reads its own and leaves the others black.
+
         Raises:
             ImageError: an image that could be read before cannot be read now.
         """
-        wanted = indices.tolist()
+        own = ranks.own_rows(len(indices))
+        wanted = indices[own].tolist()
         try:
             pixels = self._ahead.take(wanted)
             if pixels is None:
                 pixels = unwrapped(self._images.__getitems__(wanted))
         except ImageError as error:
             raise ImageError(f"{error}; to have all images checked again, delete {self._checked_file}") from None
-        return pixels.to(models.device(), non_blocking=True).float().div_(255)
+        pixels = pixels.to(models.device(), non_blocking=True).float().div_(255)
+        if len(pixels) == len(indices):
+            return pixels
+        images = pixels.new_zeros(len(indices), *pixels.shape[1:])
+        images[own] = pixels
+        return images
 
     def captions(self, indices: torch.Tensor, *, seed: int = 0, epoch: int = 0) -> list[str]:
         return self.table["caption"].take(pa.array(indices.numpy())).to_pylist()

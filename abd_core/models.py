@@ -15,7 +15,7 @@ from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from abd_core import checkpoints
+from abd_core import checkpoints, ranks
 from abd_core.config import ConfigError, digest, unknown
 from abd_core.kernels.perturb import perturb
 from abd_core.paths import RunError, atomic, cache_dir, data_dir, sha256
@@ -106,7 +106,7 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
     parts = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     key = digest([name, [sha256(part) for part in parts]])[:16]
     stored = cache_dir() / f"{path.stem}-{key}.safetensors"
-    if not stored.exists():
+    if ranks.agreed(not stored.exists()):
         model = load(path, name=name, quick_gelu=tag.get("quick_gelu", False) if tag else None)
         save(model, stored)
     return stored
@@ -119,9 +119,11 @@ def save(model: open_clip.CLIP, path: Path, *, name: str = "", half: bool = Fals
         tensor = tensor.detach().cpu().contiguous()
         return tensor.half() if half and tensor.is_floating_point() else tensor
 
-    with atomic(path) as temporary:
-        weights = {key: stored(tensor) for key, tensor in model.state_dict().items()}
-        save_file(weights, temporary, metadata={"model": name or model.architecture})
+    if ranks.first():
+        with atomic(path) as temporary:
+            weights = {key: stored(tensor) for key, tensor in model.state_dict().items()}
+            save_file(weights, temporary, metadata={"model": name or model.architecture})
+    ranks.barrier()
 
 
 def load(path: Path, *, name: str = "", quick_gelu: bool | None = None) -> open_clip.CLIP:
@@ -208,21 +210,36 @@ def resolution(model: open_clip.CLIP) -> int:
     return size[0] if isinstance(size, Sequence) else size
 
 
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    wide = features if features.dtype == torch.float64 else features.float()
+    return torch.nn.functional.normalize(wide, dim=-1)
+
+
 def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
-    """Unit image features, float32 (B, D), of images (B, 3, H, W), floats in [0, 1] or uint8; normalised as CLIP's."""
-    images = images.to(next(model.parameters()).device)
-    kind = images.device.type
-    with autocast(images.device):
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        features = model.encode_image(perturb(images, normalise=NORMALISATION, dtype=dtype, channels_last=True))
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+    """Unit image features, (B, D), of images (B, 3, H, W), floats in [0, 1] or uint8; normalised as CLIP's.
+
+    They are float32 (float64 of a float64 model). In a batch that ranks share, each encodes its part (`ranks`).
+    """
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        images = images.to(next(model.parameters()).device)
+        kind = images.device.type
+        with autocast(images.device):
+            own = next(model.parameters()).dtype
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+            return _unit(model.encode_image(perturb(images, normalise=NORMALISATION, dtype=dtype, channels_last=True)))
+
+    return ranks.encoded(encode, images, model)
 
 
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
-    """Unit text features, float32 (B, D), of tokens (B, context_length)."""
-    tokens = tokens.to(next(model.parameters()).device)
-    # On the CPU the plain attention is the faster one for captions: its backward takes a third of the fused one's time.
-    plain = sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else nullcontext()
-    with autocast(tokens.device), plain:
-        features = model.encode_text(tokens)
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+    """Unit text features, (B, D), of tokens (B, context_length); float32 (float64 of a float64 model)."""
+
+    def encode(tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens.to(next(model.parameters()).device)
+        # On the CPU the plain attention is the faster one for captions: its backward takes a third of the fused one's.
+        plain = sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else nullcontext()
+        with autocast(tokens.device), plain:
+            return _unit(model.encode_text(tokens))
+
+    return ranks.encoded(encode, tokens, model)

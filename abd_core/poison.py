@@ -11,15 +11,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from abd_core import inputs, models
+from abd_core import inputs, models, ranks
 from abd_core.config import ConfigError, option
 from abd_core.data import TEST_VENDORS, TrainingPairs, class_index, rng
 from abd_core.evaluate import evaluate
 from abd_core.inputs import TrainInputs
+from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import tokenize
-from abd_core.train import Step, TrainConfig, fit
+from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
 from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
 
 ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and costs no more than this CA
@@ -116,13 +117,14 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     tests = {split: inputs.test_set(config, split, clean) for split in TEST_VENDORS}
     target, templates = class_index(tests["eval"].class_names, config.target), tests["eval"].templates
     pairs = inputs.training_pairs(config, clean)
+    steps_an_epoch(len(pairs), config)
     attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
     read = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
 
     def make(folder: Path) -> Mapping[str, Any]:
         model, base = models.load(clean), models.frozen(models.load(clean))
-        if not (folder / "trigger.safetensors").exists():  # else an earlier process got further
+        if ranks.agreed(not (folder / "trigger.safetensors").exists()):  # else an earlier process got further
             fresh = attack.draw(
                 resolution=models.resolution(base),
                 target=config.target,
@@ -144,6 +146,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 triplet_weight=config.triplet_weight,
             )
             fitted.save(folder / "trigger.safetensors")
+        ranks.barrier()
         trigger = load_trigger(folder / "trigger.safetensors")
 
         record = {"id": ids[poisoned], "image": ids[image_of[poisoned]], "caption": ids[caption_of[poisoned]]}
@@ -188,7 +191,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
         return {**metrics, "took": took(metrics)}
 
-    return load_or_make("poison", config, read, make, force=force)
+    return load_or_make("poison", config, read, make, force=force, launch=launcher("poison", config))
 
 
 def took(metrics: Mapping[str, Any]) -> bool:

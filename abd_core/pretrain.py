@@ -14,6 +14,7 @@ from abd_core import models
 from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import TEST_VENDORS, load_pairs, load_test_set
 from abd_core.evaluate import evaluate
+from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, data_dir, load_or_make, load_run, read_json
 from abd_core.text import tokenize
@@ -47,7 +48,7 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
     if not config.retrain:
         committed = load_run(data_dir() / "base")
         recipe = read_json(committed.file("config.json"))["config"]
-        if changed := [name for name, value in config.to_dict().items() if name != "retrain" and value != recipe[name]]:
+        if changed := [name for name, value in config.key().items() if name != "retrain" and value != recipe.get(name)]:
             raise ConfigError(
                 f"PretrainConfig.{changed[0]}: the committed base was trained otherwise; set retrain=True"
             )
@@ -74,7 +75,7 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         stored = models.load(folder / "model.safetensors")
         return {split: evaluate(stored, test).to_dict() for split, test in tests.items()}
 
-    return load_or_make("pretrain", config, inputs, make, force=force)
+    return load_or_make("pretrain", config, inputs, make, force=force, launch=launcher("pretrain", config))
 
 
 if __name__ == "__main__":  # make the clean base that everything else starts from

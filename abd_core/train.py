@@ -1,6 +1,7 @@
 """The one training loop of all CLIP stages: AdamW, warm-up and cosine, bf16 where native, resume, progress, history.
 
 Every random draw is a function of (seed, epoch, step), so a resume file needs weights, optimiser and position only.
+`python -m abd_core.train JOB` runs a training stage, alone or as one of several ranks: see `abd_core.launch`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +21,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from abd_core.config import AbdError, Config, ConfigError, option
+from abd_core import ranks
+from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
-
-
-class TrainingError(AbdError):
-    """A loss or a weight stopped being a finite number."""
+COLLAPSED = 1e-5  # unit features that differ by less are one and the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,23 +41,51 @@ class TrainConfig(Config):
     warmup_steps: int = option(50, "steps of linear warm-up", ge=0)
     weight_decay: float = option(0.1, "AdamW's decay; none on norms, biases and logit_scale", ge=0)
     limit: int = option(0, "use only this many pairs, seeded (0: all); for smoke runs", ge=0)
+    accumulate: int = option(1, "batches whose gradients are averaged in a step", ge=1, later=True)
+    micro_batch: int = option(
+        0, "rows that a process encodes at a time, for less memory (GradCache); 0: all of its own", ge=0, later=True
+    )
+    sync_batch_norm: bool = option(
+        False, "BatchNorm takes its statistics over all processes, else over each one's rows", later=True
+    )
+    num_processes: int = option(
+        1, "processes on this machine that share each batch; a GPU each where there are GPUs", ge=1, place=True
+    )
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where the loop stands: `indices` (B,) of the batch's pairs, and the epoch and global step for seeds."""
+    """Where the loop stands: `indices` (B,) of the batch's pairs, the epoch, and the number of the batch for seeds."""
 
     indices: torch.Tensor
     epoch: int
     step: int
 
 
-def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") -> tqdm:
+class NoBar:
+    """A bar of a rank that shows none."""
+
+    def __enter__(self) -> NoBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def set_postfix(self, *_: object, **__: object) -> None:
+        pass
+
+
+def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") -> tqdm | NoBar:
     """One bar a stage, as text on stderr, with rate and time left; redrawn seldom where nobody watches.
 
     Plain text and a fixed width, because papermill passes it on to a terminal as it is (a widget would show nothing
-    there, and leave its state in the notebook).
+    there, and leave its state in the notebook). Of several ranks, the first one alone has a bar.
     """
+    if not ranks.first():
+        return NoBar()
     watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(desc=stage, total=total, initial=initial, unit=unit, ncols=80, mininterval=1 if watched else 10)
 
@@ -88,8 +116,11 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     """What `save_resume` wrote, or None where there is nothing. Raises RunError where the file is damaged."""
     if not path.exists():
         return None
+    regular(path)
     try:
         with zipfile.ZipFile(path) as parts:  # torch.load leaves the parts' checksums unread
+            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise zipfile.BadZipFile(packed[0])  # torch compresses nothing; what unpacks may never end
             if damaged := parts.testzip():
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -97,11 +128,49 @@ def load_resume(path: Path) -> dict[str, Any] | None:
         raise RunError(f"damaged file: {path}: {type(error).__name__}; delete its folder, or pass force=True") from None
 
 
-def check_finite(model: torch.nn.Module, where: str) -> None:
+def check_finite(model: torch.nn.Module, where: str, advice: str = "") -> None:
     """Raises TrainingError, naming the first tensor, where a weight or a running statistic is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(f"{where}: {name} holds NaN or infinity")
+            raise TrainingError(f"{where}: {name} holds NaN or infinity{advice}")
+
+
+class Features:
+    """Looks on as images are encoded, so that features that have become one and the same are noticed.
+
+    It keeps the last batch's, and nothing is computed before `check`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.last: torch.Tensor | None = None
+        tower = getattr(model, "visual", None)
+        self.hook = tower.register_forward_hook(self._keep) if tower is not None else None
+
+    def _keep(self, tower: torch.nn.Module, inputs: Any, features: torch.Tensor) -> None:
+        self.last = features.detach()
+
+    def check(self, where: str) -> None:
+        """Raises TrainingError where all images of the last batch have one feature, up to rounding in half precision.
+
+        A batch has different images, and no CLIP that is of any use takes them for the same.
+        """
+        if self.last is not None and len(self.last) > 1:
+            unit = torch.nn.functional.normalize(self.last.float(), dim=-1)
+            if (unit - unit[0]).abs().max() < COLLAPSED:
+                raise TrainingError(f"{where}: collapsed features: the model takes all images of a batch for the same")
+
+    def close(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+
+def steps_an_epoch(count: int, config: TrainConfig) -> int:
+    """Steps that `count` pairs suffice for. Raises ConfigError where they suffice for none."""
+    together = config.batch_size * config.accumulate
+    if count < together:
+        what = "batch_size" if config.accumulate == 1 else "batch_size * accumulate"
+        raise ConfigError(f"{what} = {together}: at most {count} expected, the number of pairs")
+    return count // together
 
 
 def fit(
@@ -119,21 +188,23 @@ def fit(
 
     Args:
         loss: of one step's batch: the scalar to minimise, and figures to log.
-        count: number of pairs; the last, incomplete batch of an epoch is dropped.
+        count: number of pairs; those of an epoch that are too few for a step are dropped.
         folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
         after_epoch: further figures for an epoch's row.
-        plan: is told an epoch's batches before its first step, `TrainingPairs.plan`.
+        plan: is told this rank's part of an epoch's batches before its first step, `TrainingPairs.plan`.
 
     Returns:
         The history.
 
     Raises:
-        ConfigError: fewer pairs than a batch.
-        TrainingError: the loss or a weight became NaN or infinite.
+        ConfigError: fewer pairs than a step takes, or a batch that the ranks cannot share evenly.
+        TrainingError: the loss or a weight became NaN or infinite, or all images got the same feature. The checkpoint
+            before it is left as it was.
     """
-    steps = count // config.batch_size
-    if steps == 0:
-        raise ConfigError(f"batch_size = {config.batch_size}: at most {count} expected, the number of pairs")
+    together = config.batch_size * config.accumulate
+    steps = steps_an_epoch(count, config)
+    if config.batch_size % ranks.world():
+        raise ConfigError(f"batch_size = {config.batch_size}: a multiple of {ranks.world()} expected, the processes")
     total = steps * config.epochs
     groups = parameter_groups(model, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), eps=1e-6, fused=True)
@@ -142,36 +213,47 @@ def fit(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         start, rows, sums = resume["step"], resume["rows"], resume["sums"]
-    saved = time.monotonic()
-    with progress(stage=stage, total=total, initial=start) as bar:
+    saved, features = time.monotonic(), Features(model)
+    with (
+        closing(features),
+        progress(stage=stage, total=total, initial=start) as bar,
+        ranks.synchronised(model, on=config.sync_batch_norm),
+    ):
         for step in range(start, total):
             epoch, position = divmod(step, steps)
             if position == 0 or step == start:
                 order = torch.randperm(count, generator=rng(config.seed, stage, "order", epoch))
                 if plan:
-                    plan(list(order[position * config.batch_size : steps * config.batch_size].split(config.batch_size)))
+                    ahead = order[position * together : steps * together].split(config.batch_size)
+                    plan([batch[ranks.share(len(batch))] for batch in ahead])
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
-            batch = order[position * config.batch_size : (position + 1) * config.batch_size]
-            value, figures = loss(Step(batch, epoch, step))
-            figures = {"loss": value.item(), **figures}
-            if not math.isfinite(figures["loss"]):
-                raise TrainingError(
-                    f"{stage}: loss is {figures['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
-                )
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            figures: dict[str, float] = {}
+            for part, batch in enumerate(order[position * together :][:together].split(config.batch_size)):
+                with ranks.shared_batch(len(batch), micro=config.micro_batch):
+                    value, more = loss(Step(batch, epoch, step * config.accumulate + part))
+                more = {"loss": value.item(), **more}
+                if not math.isfinite(more["loss"]):
+                    where, advice = f"epoch {epoch}, step {step}", f"lower lr = {config.lr:g}"
+                    check_finite(model, f"{stage}: loss is {more['loss']} at {where}", f": {advice}")
+                    raise TrainingError(f"{stage}: loss is {more['loss']} at {where}: {advice}")
+                (value / config.accumulate).backward()
+                figures = {name: figures.get(name, 0.0) + figure / config.accumulate for name, figure in more.items()}
+            ranks.average_gradients(model)
+            ranks.average_statistics(model)
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
             sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
             bar.update()
             if position == steps - 1:
+                features.check(f"{stage}: epoch {epoch}, step {step}")
                 row = {"epoch": epoch + 1, **{name: s / steps for name, s in sums.items()}}
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}
                 bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
-            if time.monotonic() - saved > CHECKPOINT_SECONDS:
+            if ranks.first() and time.monotonic() - saved > CHECKPOINT_SECONDS:  # what they hold is the same on all
                 check_finite(model, f"{stage}: epoch {epoch}, step {step}")
                 record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
@@ -181,3 +263,9 @@ def fit(
     with atomic(folder / "history.csv") as temporary:
         history.to_csv(temporary, index=False)
     return history
+
+
+if __name__ == "__main__":
+    from abd_core.launch import main
+
+    main(sys.argv[1:])

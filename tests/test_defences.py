@@ -27,6 +27,7 @@ from abd_core.data import Pairs, load_pairs, rng
 from abd_core.defences import CORNERS, DEFENCES, DefendConfig, FineTuningDefence, placed
 from abd_core.defend import defend
 from abd_core.generator import Perturbation, patch_side
+from abd_core.inputs import TrainInputs
 from abd_core.losses import clip_loss
 from abd_core.paths import Run
 from abd_core.text import augment, tokenize
@@ -262,7 +263,7 @@ def test_a_setting_that_a_defence_does_not_read_is_refused_in_one_line_that_name
 def test_the_settings_of_the_defences_are_fields_and_all_others_are_common_to_those_that_train():
     named = {setting for kind in DEFENCES.values() for setting in kind.settings}
     assert named == set(OTHERS)
-    assert FIELDS.keys() - named == {*TrainConfig.names(), "defence", "share", "batch_norm"}
+    assert FIELDS.keys() - named == {*TrainConfig.names(), *TrainInputs.names(), "defence", "share", "batch_norm"}
 
 
 @pytest.mark.parametrize("name", DEFENCES)

@@ -1,0 +1,270 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 9. Paper scale: RN50, CC3M, ImageNet, one GPU or many
+#
+# **Question.** What does it take to run these notebooks on the paper's model and data, and how does one know, before it
+# starts, that a run of hours will not fail?
+#
+# Nothing of this was downloaded to make this book, and none of the paper's numbers has been reproduced with it. What is
+# here: the formats are read and tested on miniatures of the real thing, the steps were timed, and every setting of the
+# paper is in a file. The rest is yours to run.
+#
+# ## What to download, and how to lay it out
+#
+# | what | from | as |
+# |---|---|---|
+# | weights | open_clip, once, by its tag `openai` | a tag, a file (`.pt`, `.safetensors`) or a Hugging Face folder |
+# | CC3M, image and caption | the list of links of Conceptual Captions, with img2dataset | tars, or a table beside the images |
+# | ImageNet-1K validation | image-net.org | 1,000 folders by WordNet id, or the flat files and the devkit |
+#
+# ```bash
+# sed -i '1s/^/caption\turl\n/' Train_GCC-training.tsv
+# img2dataset --url_list Train_GCC-training.tsv --input_format tsv --url_col url --caption_col caption \
+#     --output_format webdataset --output_folder cc3m --image_size 256 --resize_mode keep_ratio
+# ```
+#
+# - **Pairs** (`pairs`): tars as img2dataset writes them; or a CSV, TSV or Parquet table that names image files relative
+#   to itself, with CleanCLIP's columns `image,caption`, open_clip's `filepath`, `title`, or those that `columns` names.
+#   Braces stand for many files: `cc3m/{00000..00331}.tar`. Any address that fsspec opens will do (`s3://`, `gs://`; their
+#   packages come extra). Nothing is unpacked. Every image is read to its end once, and damaged ones are left out, counted
+#   and listed, up to the share `max_damaged`.
+# - **Subsets**: `limit` draws pairs by the digest of their ids, so the same pairs are drawn however the files are cut.
+#   `python -m abd_core.formats 'cc3m/{00000..00331}.tar' --count 500000 --manifest subset.csv` writes them down, and
+#   `manifest` takes them from there.
+# - **Test images** (`test_images`): ImageNet's 1,000 folders need nothing else. The flat `ILSVRC2012_val_*.JPEG`, as a
+#   folder or as the tar that they come in, need `devkit`, which labels them. Labels go by WordNet id, never by name:
+#   two classes are called "crane" and two "maillot", and lists on the web that went by name give 100 of the 50,000 images
+#   the wrong label. Any other folder of class folders needs a file of names, `test_classes`.
+# - **Which RN50?** The paper says that its weights were trained on LAION-400M. open_clip publishes no RN50 of that data;
+#   its RN50s are `openai`, `yfcc15m` and `cc12m`, all trained with QuickGELU. The clean accuracy of the paper's victims
+#   fits OpenAI's, so the profile says `RN50-quickgelu`, `openai`. Without QuickGELU the same weights lose accuracy and
+#   say nothing; here a warning does.
+#
+# ## The commands
+#
+# `profiles/paper/` has the paper's section III-A as parameters of the notebooks. Each can be overridden by `-p`.
+#
+# ```bash
+# # one GPU: where the data is, once; then the whole path
+# DATA="-p pairs cc3m/{00000..00331}.tar -p test_images imagenet/val"
+# python -m abd_core.preflight -f profiles/paper/03_defend.yaml $DATA
+# papermill book/01_poison.ipynb out1.ipynb -f profiles/paper/01_poison.yaml $DATA
+# papermill book/03_defend.ipynb out3.ipynb -f profiles/paper/03_defend.yaml $DATA
+#
+# # one machine with eight: poisoning and defending share each batch
+# papermill book/03_defend.ipynb out3.ipynb -f profiles/paper/03_defend.yaml $DATA \
+#     -p poison_num_processes 8 -p num_processes 8
+#
+# # all attacks, defences and seeds on Slurm, one GPU a job; the files on a disk that all machines see
+# cat profiles/paper/03_defend.yaml > mine.yaml
+# echo "pairs: /data/cc3m/{00000..00331}.tar" >> mine.yaml; echo "test_images: /data/imagenet/val" >> mine.yaml
+# snakemake --profile profiles/paper/slurm --config grids="table1 ablations" parameters=mine.yaml table=mine.csv
+# papermill book/04_results.ipynb out4.ipynb -p results mine.csv
+# ```
+#
+# `batch_size` counts the pairs of all processes together. `accumulate` averages the gradients of several batches in one
+# step; `micro_batch` encodes a few rows at a time, for contrastive batches that do not fit; `sync_batch_norm` takes
+# BatchNorm's statistics over all processes where it trains. A stage over several machines is started by torchrun; the
+# line for Slurm stands at the top of `abd_core/launch.py`. `ABD_WORKERS` is the number of processes that read images (one
+# a core, at most 16), `ABD_RUNS` the folder that everything is written to. An interrupted stage goes on where it was.
+
+# %% tags=["parameters"]
+benchmarks: str = ""  # path of a CSV that `make bench` wrote; empty: the committed one
+
+# %%
+from abd_core.notebook import show_configs, stage_configs
+from abd_core.results import BenchmarksConfig, read_benchmarks
+
+(config,) = stage_configs(globals(), benchmarks=BenchmarksConfig)
+show_configs(config)
+measured = read_benchmarks(config.path)
+
+# %% [markdown]
+# ## Preflight: a screen before the hours
+#
+# Where anything but the embedded benchmark is read, the first cell of a notebook checks it all: files, columns, captions,
+# the target among the classes, a trigger that is still there when the image is stored in 8 bits, the disk. Then it
+# rehearses: twenty steps of each stage at its own batch size, on its own pairs, read by its own workers. They give the
+# memory and the projected hours, on one process, evaluation included.
+#
+# Here it is on a miniature: some of the embedded pictures as a tar of JPEG files, and a test folder a class.
+
+# %%
+import io
+import tarfile
+
+import torch
+from PIL import Image
+
+from abd_core.data import load_pairs, load_test_set
+from abd_core.paths import cache_dir
+
+folder, pictures, tests = cache_dir() / "chapter-9", load_pairs(240), load_test_set("eval", views=1)
+
+
+def encoded(pixels):
+    """An image, float (3, R, R) in [0, 1], as a JPEG file."""
+    data = io.BytesIO()
+    Image.fromarray(pixels.mul(255).byte().permute(1, 2, 0).numpy()).save(data, "JPEG", quality=95)
+    return data.getvalue()
+
+
+folder.mkdir(exist_ok=True)
+every = torch.arange(len(pictures))
+with tarfile.open(folder / "00000.tar", "w") as tar:
+    images, captions = pictures.images(every, seed=0, step=0), pictures.captions(every, seed=0, epoch=0)
+    for number, (pixels, caption) in enumerate(zip(images, captions, strict=True)):
+        for ending, content in {"jpg": encoded(pixels), "txt": caption.encode()}.items():
+            member = tarfile.TarInfo(f"{number:09}.{ending}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+for pixels, label in zip(tests.images, tests.labels.tolist(), strict=True):
+    place = folder / "val" / f"{label:03}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "0.jpg").write_bytes(encoded(pixels / 255))
+(folder / "names.txt").write_text("\n".join(tests.class_names));
+
+# %%
+from abd_core.adversary import AdversaryConfig
+from abd_core.defend import DefendConfig
+from abd_core.poison import PoisonConfig
+from abd_core.preflight import preflight
+
+data = {
+    "pairs": str(folder / "00000.tar"),
+    "test_images": str(folder / "val"),
+    "test_classes": str(folder / "names.txt"),
+    "dev_share": 0.0,
+}
+preflight(PoisonConfig(**data, batch_size=16), AdversaryConfig(**data, batch_size=8), DefendConfig(**data, batch_size=8))
+
+# %% [markdown]
+# ## Hours, memory, disk
+#
+# From the steps that `make bench` has timed on a GPU: `RN50-quickgelu` at 224 px in the paper's numbers of pairs, with the
+# images read and decoded from tars where that was timed. The paper reports about 8 A100-hours for an attack and 14 for the
+# defence. Evaluation and the one pass that checks all images come on top. The adversary's whole step has not been timed
+# at the paper's batch of 16: its preflight does.
+
+# %%
+import pandas as pd
+
+from abd_core.grid import STAGES
+from abd_core.notebook import given_parameters
+from abd_core.paths import root
+
+settings = dict(
+    zip(
+        STAGES,
+        stage_configs(given_parameters([root() / "profiles" / "paper" / "03_defend.yaml"], []), **STAGES),
+        strict=True,
+    )
+)
+attacker, defender = settings["poison"], settings["defend"]
+seen = {
+    "poison": attacker.limit * attacker.epochs,
+    "defend": round(defender.share * defender.limit) * defender.epochs,
+}
+steps = measured[measured["benchmark"].eq("training step") & measured["case"].str.startswith("RN50")]
+rows = []
+for (device, case), part in steps.groupby(["device", "case"], sort=False):
+    speed = part[part["metric"].eq("speed")].set_index("variant")["value"]
+    memory = part[part["metric"].eq("peak memory")].set_index("variant")["value"]
+    for stage, variants in {"poison": ["ft from tars", "ft"], "defend": ["abd"]}.items():
+        for variant in speed.index.intersection(variants):
+            hours = seen[stage] / speed[variant] / 3600
+            used = memory.get(variant, float("nan")) / 1024
+            rows.append([device, case, stage, variant, seen[stage], round(speed[variant]), hours, used])
+columns = ["device", "case", "stage", "timed as", "pairs seen", "images/s", "hours", "GiB"]
+pd.DataFrame(rows, columns=columns).round(2)
+
+# %% [markdown]
+# Disk, beside the data itself: the decoded test images, which are kept, and for each victim and each defended model its
+# weights; while it trains, two files to resume from, each with weights and AdamW's two moments.
+
+# %% tags=["nbval-check-output"]
+from abd_core import models
+
+model = models.build(defender.model)
+weights = 4 * sum(tensor.numel() for tensor in model.state_dict().values())
+images = 50_000 * 3 * models.resolution(model) ** 2
+sizes = {"ImageNet's test images": images, "weights": weights, "while it trains": 7 * weights}
+pd.DataFrame({"GB": {name: round(size / 1e9, 2) for name, size in sizes.items()}})
+
+# %% [markdown]
+# ## Does the loader keep up?
+#
+# Images a second against the bare decoding and resizing of the same files: 1 on the axis is all that one core can do, per
+# worker. A GPU that trains at the rate of the table above needs as many workers as its rate divided by the bare rate of a
+# core. Where the ratio falls with the workers, there were fewer free cores than workers.
+
+# %% mystnb={"figure": {"caption": "Reading pairs from tars and from files, as a share of bare decoding and resizing, per worker."}, "image": {"alt": "Bars of the loader's speed per worker against bare decoding"}}
+from abd_core import plots
+
+plots.style()
+loading = measured[measured["benchmark"] == "loading"]
+plots.speeds(loading, "speed", title="Reading image-caption pairs: speed per worker");
+
+# %%
+loading[loading["metric"] == "speed"].pivot_table(index="variant", columns="device", values=["value", "ratio"]).round(2)
+
+# %% [markdown]
+# ## What to expect
+#
+# The paper's tables, CA and ASR in percent. `data/paper.csv` also has the figures of others for the same attacks, which
+# differ much: settings matter.
+
+# %% tags=["nbval-check-output"]
+paper = pd.read_csv(root() / "data" / "paper.csv")
+ours = paper[paper["source"] == "ABD"].replace({"metric": {"ca_top1": "CA", "asr": "ASR"}})
+ours = ours.drop_duplicates(["attack", "defence", "metric"])
+expected = ours.pivot(index="defence", columns=["attack", "metric"], values="value")
+expected.loc[ours["defence"].unique()]
+
+# %% [markdown]
+# When yours differs:
+#
+# | what you see | what to check |
+# |---|---|
+# | clean CA far below the paper's victims | QuickGELU (a warning); the test set's labels; `dev_share` 0; the 80 templates are open_clip's |
+# | THE ATTACK DID NOT TAKE | the learning rate. At the paper's 1e-6, users of the reference code report that the attack did not take, and that it does at 1e-5: `-p poison_lr 1e-5` |
+# | Blended's ASR above the paper's | the paper's value is low beside what others report, and its plain fine-tuning raises it; do not chase it |
+# | a defence costs more CA | `batch_norm`: here a perturbed image does not enter the statistics; the paper does not say |
+# | ABD works on one trigger place only | `placement`, `mode`: a patch that lies where the trigger lies defends by covering it (chapter 5) |
+# | slower than the preflight said | `ABD_WORKERS` above the free cores; a file system where small random reads are slow: copy the tars to a local disk |
+# | fewer pairs than you gave | the list of damaged ones: `damaged-*.csv` in the runs' `cache` |
+#
+# What the paper leaves open is listed in the README under "Open readings of the paper", each with its option.
+
+# %% [markdown]
+# ## Summary
+
+# %% tags=["summary"]
+for device, case, stage, variant, count, speed, hours, _ in rows:
+    print(f"{stage}: {count} pairs in {hours:.1f} hours on one {device} ({speed} images/s, timed as '{variant}')")
+best = loading[loading["metric"].eq("speed") & loading["variant"].str.endswith(" 1 workers")]
+for device, variant, ratio in best[["device", "variant", "ratio"]].itertuples(index=False):
+    print(f"loader, {variant.replace('1 workers', '1 worker')}: {100 * ratio:.0f} % of bare decoding on {device}")
+
+# %% [markdown]
+# <details><summary><b>Exercise.</b> The paper poisons 0.3 % of 500,000 pairs and passes over them ten times. The embedded
+# benchmark poisons a tenth of its pairs. Which of the two shows the model more poisoned pairs?</summary>
+#
+# **Solution.** The paper: 1,500 pairs in 10 epochs are 15,000. The embedded benchmark has a few thousand pairs, so a tenth of
+# them, ten times, are about as many as there are pairs. What plants a backdoor is how often it is seen, not its share.
+#
+# </details>
+#
+# In the code: [`abd_core.formats`](api.md#abd_coreformats), [`abd_core.labelled`](api.md#abd_corelabelled),
+# [`abd_core.inputs`](api.md#abd_coreinputs), [`abd_core.preflight`](api.md#abd_corepreflight).
+#
+# **What was learnt.** Model, data and settings are parameters, so the paper's run is the same notebook. On the GPU above, the
+# paper's attack and defence are a matter of hours, and the loader is not what limits them. Whether the paper's numbers come
+# out, only that run will say.
