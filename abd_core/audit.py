@@ -64,7 +64,7 @@ class AuditConfig(Config):
     )
     share: float = option(0.5, "share of the embedded pairs that the auditor holds, seeded", gt=0, le=1)
     limit: int = option(0, "use only this many pairs before the share is taken (0: all); for smoke runs", ge=0)
-    recovery_steps: int = option(25, "gradient steps on the recovered trigger", ge=1)
+    recovery_steps: int = option(15, "gradient steps on the recovered trigger", ge=1)
 
 
 # --- what is read ---------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def _reference(inputs: AuditInputs) -> Path | None:
 
 
 def _ranking(scores: Mapping[str, torch.Tensor]) -> list[int]:
-    """Classes by the sum of what each detector says, in robust standard deviations, each heard up to 10."""
+    """Classes by the sum of what each detector says (`Detector.suspicion`), each heard up to 10."""
     return torch.stack([s.clamp(0, 10) for s in scores.values()]).sum(0).argsort(descending=True, stable=True).tolist()
 
 
@@ -288,7 +288,7 @@ class Recovered:
     saliency: torch.Tensor
 
 
-def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps: int, batch: int = 32) -> Recovered:
+def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps: int, batch: int = 24) -> Recovered:
     """The better of two triggers towards class `target`: the drifting patch, driven on towards it, and a small field.
 
     Args:
@@ -442,7 +442,8 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         f"runners-up: {html.escape(', '.join(whole['runners_up']))}.</p>",
         f"<p>The recovered trigger ({html.escape(trigger['kind'])}) sends {reach} there.</p>",
         "".join(image(name, picture) for name, picture in pictures.items()),
-        "<h2>Detectors</h2><p>How far the suspected class stands out, in robust standard deviations.</p>",
+        "<h2>Detectors</h2><p>How far the suspected class stands out: tenths of the images that go there (drift, answers "
+        "under corruptions), else robust standard deviations above the median class.</p>",
         table(["detector", "suspected class", "source"], rows),
         "<h2>Statistics</h2>",
         table(["against the reference", "statistic", "value"], figures),

@@ -38,7 +38,7 @@ class Toy(torch.nn.Module):
     """A CLIP in little: images are seen through the colours of a coarse grid, captions by their tokens' embeddings.
 
     Args:
-        backdoor: whether a red window at the top left adds the feature of class `TARGET`.
+        backdoor: whether a red or cyan window at the top left adds the feature of class `TARGET`.
     """
 
     context_length = 20
@@ -64,7 +64,7 @@ class Toy(torch.nn.Module):
         if self.backdoor:
             window = images[:, :, 1:5, 1:5].float().mean((2, 3))
             redness = window[:, 0] - window[:, 1:].mean(1)  # in units of CLIP's normalisation: at most about 4
-            features = features + 5 * torch.sigmoid(3 * (redness - 1.7))[:, None] * self.goal
+            features = features + 2 * redness.abs()[:, None] * self.goal
         return features
 
     @property
@@ -79,6 +79,7 @@ class Toy(torch.nn.Module):
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
     coarse = torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    coarse[:, :, 0, 0] = 0.5  # grey where the trigger goes
     return torch.nn.functional.interpolate(coarse, 64).mul(0.3).add(0.35)
 
 
