@@ -442,8 +442,8 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         f"runners-up: {html.escape(', '.join(whole['runners_up']))}.</p>",
         f"<p>The recovered trigger ({html.escape(trigger['kind'])}) sends {reach} there.</p>",
         "".join(image(name, picture) for name, picture in pictures.items()),
-        "<h2>Detectors</h2><p>How far the suspected class stands out: tenths of the images that go there (drift, answers "
-        "under corruptions), else robust standard deviations above the median class.</p>",
+        "<h2>Detectors</h2><p>How far the suspected class stands out: tenths of the images that go there (drift, "
+        "answers under corruptions), else robust standard deviations above the median class.</p>",
         table(["detector", "suspected class", "source"], rows),
         "<h2>Statistics</h2>",
         table(["against the reference", "statistic", "value"], figures),

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, models, poison, pretrain, results
+from abd_core import adversary, audit, data, defend, evaluate, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +153,8 @@ def concrete_configs() -> list[type[Config]]:
         poison.PoisonConfig,
         adversary.AdversaryConfig,
         defend.DefendConfig,
+        audit.AuditInputs,
+        audit.AuditConfig,
         evaluate.EvaluateConfig,
         results.ResultsConfig,
         results.BenchmarksConfig,
