@@ -343,11 +343,11 @@ def verdict_of(run: Run) -> Verdict:
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
     """A defence with the suspect and what the audit found, as Python to run."""
-    trigger = shown(run.file("trigger.safetensors"))
+    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, run.file("trigger.safetensors")))
     lines = [
         "from pathlib import Path",
         "from abd_core.defend import DefendConfig, defend",
-        f"defended = defend(DefendConfig(defence='abd', view='both'), Path({inputs.checkpoint!r}),",
+        f"defended = defend(DefendConfig(defence='abd', view='both'), Path({suspect!r}),",
         f"                  perturbation=Path({trigger!r}))",
         "print(defended.metrics, defended.file('model.safetensors'))",
     ]

@@ -251,7 +251,7 @@ def judge(
     if calibration is None:
         drawn = max(statistics["drift"], statistics["response"])
         basis = (
-            f"No calibration (fewer than {LEAST} clean or poisoned models in audit.csv), so a plain rule: perturbations "
+            f"No calibration (fewer than {LEAST} clean or poisoned models in audit.csv), a plain rule: perturbations "
             f"that aim at no class send at most {drawn:.0%} of the images of other classes to one class"
             f"{' beyond what they do on the clean weights' if mode == 'compared' else ''}; alarm from {MOST:.0%} on."
         )

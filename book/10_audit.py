@@ -108,7 +108,8 @@ chosen, reported = (population[population["half"] == half] for half in ("choose"
 fitted = {mode: calibrate(chosen, mode) for mode in MODES}
 worth = {mode: performance(reported, f, mode) for mode, f in fitted.items() if f is not None}
 print(population.groupby(["kind", "half"]).size().to_string() if len(population) else "No population yet.")
-pd.DataFrame({mode: {name: f"{rate} of {rate.n}" for name, rate in rates.items()} for mode, rates in worth.items()})
+if worth:
+    display(pd.DataFrame({mode: {name: f"{r} of {r.n}" for name, r in rates.items()} for mode, rates in worth.items()}))
 
 # %% [markdown]
 # Attack by attack: how many victims a calibration finds that never saw that attack, and whether it names the target.
