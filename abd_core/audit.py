@@ -198,7 +198,7 @@ def _observe(weights: Path, images: torch.Tensor, names: Sequence[str]) -> Obser
 def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> Run:
     """Load or make the audit of a suspect.
 
-    Its folder holds a `<detector>.safetensors` each, `trigger.safetensors` (the recovered trigger, a `Perturbation`
+    Its folder holds a `<detector>.safetensors` each, `recovered.safetensors` (the recovered trigger, a `Perturbation`
     that a defence can be given), `saliency.safetensors`, and, written anew from the present calibration whenever it is
     called, `audit.json` and `audit.html`. Its metrics hold the detectors' statistics with and without the reference,
     the classes in the order of suspicion, the recovered trigger's success on images of other classes, and the times.
@@ -237,7 +237,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
         ranked = _ranking(scores)
         start = time.perf_counter()
         found = recover(observed, ranked[0], findings["drift"], seed=config.seed, steps=config.recovery_steps)
-        found.perturbation.save(folder / "trigger.safetensors")
+        found.perturbation.save(folder / "recovered.safetensors")
         with atomic(folder / "saliency.safetensors") as temporary:
             save_file({"saliency": found.saliency.contiguous()}, temporary)
         seconds["recovery"] = round(time.perf_counter() - start, 2)
@@ -343,7 +343,7 @@ def verdict_of(run: Run) -> Verdict:
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
     """A defence with the suspect and what the audit found, as Python to run."""
-    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, run.file("trigger.safetensors")))
+    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, run.file("recovered.safetensors")))
     lines = [
         "from pathlib import Path",
         "from abd_core.defend import DefendConfig, defend",
@@ -356,7 +356,7 @@ def next_step(inputs: AuditInputs, run: Run) -> str:
 
 def picture(run: Run, *, scale: int = 4) -> dict[str, Image.Image]:
     """The recovered trigger on grey and the saliency, enlarged, as pictures."""
-    found = Perturbation.load(run.file("trigger.safetensors"))
+    found = Perturbation.load(run.file("recovered.safetensors"))
     grey = torch.full((1, 3, found.resolution, found.resolution), 0.5)
     shown_trigger = found(grey)[0]
     if found.mode == "additive":
@@ -387,7 +387,7 @@ def record(run: Run, inputs: AuditInputs, config: AuditConfig) -> dict[str, Any]
         "runners_up": metrics["classes"][1:4],
         "statistics": metrics["statistics"],
         "detectors": rests_on,
-        "recovered_trigger": {**metrics["recovered"], "file": "trigger.safetensors"},
+        "recovered_trigger": {**metrics["recovered"], "file": "recovered.safetensors"},
         "inputs": {**inputs.to_dict(), "digests": read_json(run.file("config.json"))["inputs"]},
         "config": config.to_dict(),
         "seconds": metrics["measuring_seconds"],

@@ -211,14 +211,14 @@ def test_an_audit_leaves_evidence_a_trigger_that_a_defence_takes_and_a_report(su
     found = {f"{name}.safetensors" for name in DETECTORS}
     report = {"audit.json", "audit.html"}
     assert names == found | report | {
-        *("trigger.safetensors", "saliency.safetensors", "config.json", "metrics.json", "manifest.json")
+        *("recovered.safetensors", "saliency.safetensors", "config.json", "metrics.json", "manifest.json")
     }
     record = json.loads(run.file("audit.json").read_text())
     assert record["suspected_target"] in class_names() and len(record["runners_up"]) == 3
     assert record["recovered_trigger"]["asr"]["n"] > 0 and set(record["detectors"]) == set(DETECTORS)
     assert "defend(" in record["next_step"]
     compile(record["next_step"], "next step", "exec")
-    trigger = run.file("trigger.safetensors")
+    trigger = run.file("recovered.safetensors")
     assert Perturbation.load(trigger).resolution == 64
     config = DefendConfig(defence="abd", limit=64, epochs=1, batch_size=16)
     assert "after" in defend(config, Path(suspect.checkpoint), perturbation=trigger).metrics
