@@ -5,9 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 GRIDS ?= table1 ablations
 PROCESSES ?= 2
+KILLS ?= 30
+MINUTES ?= 30
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-gpu bench grid lab notebooks book data clean
+.PHONY: help demo test test-slow test-browser test-faults test-gpu fuzz lock bench grid lab notebooks book data clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -35,6 +37,9 @@ test-slow: $(VENV)/installed-dev ## Run the tests that take minutes each, which 
 
 test-browser: $(VENV)/installed-dev ## Open every page of the book, and the explorer in JupyterLab, in Chromium
 	$(BIN)/pytest -n0 -m "long or not long" tests/test_book.py tests/browser
+
+test-faults: $(VENV)/installed-dev ## Kill the stages, fill the disk and so on, 20 minutes: KILLS=30 a stage
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py --kills $(KILLS)
 
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from abd_core import inputs, models
-from abd_core.config import ConfigError, derive_seed, option
+from abd_core.config import ConfigError, TrainingError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
 from abd_core.generator import Discriminator, Generator, Perturbation, patch_side
 from abd_core.inputs import TrainInputs
@@ -31,7 +31,7 @@ from abd_core.losses import (
 )
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import tokenize
-from abd_core.train import CHECKPOINT_SECONDS, TrainingError, load_resume, progress, save_resume
+from abd_core.train import CHECKPOINT_SECONDS, check_finite, load_resume, progress, save_resume
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,8 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
 
     Raises:
         RunError: a weights file is missing or damaged.
-        TrainingError: the loss became NaN or infinite.
+        TrainingError: a loss, the generator or the discriminator became NaN or infinite. The checkpoint before it is
+            left as it was.
     """
     clean = clean or inputs.clean_weights(config)
     pairs = inputs.training_pairs(config, clean).subset(config.share, seed=config.seed)
@@ -118,8 +119,16 @@ def search(
     ]
     tau = config.tau or 1 / suspect.logit_scale.exp().item()
 
-    def perturbation() -> Perturbation:
+    def sound(where: str) -> None:
+        """Raises TrainingError, naming the tensor, where the GAN holds NaN or infinity."""
+        for name, net in nets.items():
+            check_finite(net, f"adversary: {where}: {name}", f": lower lr = {config.lr:g}")
+
+    def perturbation(where: str) -> Perturbation:
         image = generator()
+        if not torch.isfinite(image).all():
+            sound(where)
+            raise TrainingError(f"adversary: {where}: the generator's image holds NaN: lower lr = {config.lr:g}")
         delta = config.magnitude * image if config.mode == "additive" else (image + 1) / 2
         return Perturbation(config.mode, delta, size, config.placement, (top, top))
 
@@ -131,7 +140,7 @@ def search(
         indices, source = batch(step)
         images = pairs.images(indices, seed=config.seed, step=step).to(models.device())
         captions = pairs.captions(indices, seed=config.seed, epoch=step)
-        perturbed = perturbation()(images, source)
+        perturbed = perturbation(f"step {step}")(images, source)
         with torch.no_grad():
             text = models.encode_text(suspect, tokenize(captions, context_length=suspect.context_length))
             original = models.encode_image(suspect, images)
@@ -171,29 +180,35 @@ def search(
             images, perturbed, terms = losses(step)
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
             if not math.isfinite(total.item()):
+                sound(f"loss is {total.item()} at step {step}")
                 raise TrainingError(f"adversary: loss is {total.item()} at step {step}: lower lr = {config.lr:g}")
             optimizers[0].zero_grad(set_to_none=True)
             total.backward()
             optimizers[0].step()
             judged = discriminator_loss(discriminator(images), discriminator(perturbed.detach()))
+            if not math.isfinite(judged.item()):
+                sound(f"discriminator's loss is {judged.item()} at step {step}")
+                raise TrainingError(f"adversary: discriminator's loss is {judged.item()} at step {step}")
             optimizers[1].zero_grad(set_to_none=True)
             judged.backward()
             optimizers[1].step()
             figures = {name: value.item() for name, value in terms.items()}
             rows.append({"step": step + 1, "loss": total.item(), **figures, "discriminator": judged.item()})
             if (step + 1) % every == 0:
-                stages.append(perturbation().delta.detach().cpu())
+                stages.append(perturbation(f"step {step}").delta.detach().cpu())
             bar.update()
             bar.set_postfix(loss=f"{total.item():.3g}", refresh=False)
             if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                sound(f"step {step}")
                 states = {name: net.state_dict() for name, net in nets.items()}
                 record = {**states, "optimizers": [o.state_dict() for o in optimizers], "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "stages": stages})
                 saved = time.monotonic()
+    sound("last step")
     history = pd.DataFrame(rows)
     with atomic(folder / "history.csv") as temporary:
         history.to_csv(temporary, index=False)
-    perturbation().save(folder / "perturbation.safetensors")
+    perturbation("last step").save(folder / "perturbation.safetensors")
     torch_stages = torch.stack(stages)
     Perturbation(config.mode, torch_stages, size, config.placement, (top, top)).save(folder / "stages.safetensors")
     return {"side": side, **{name: value for name, value in history.tail(20).mean().items() if name != "step"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import open_clip
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from abd_core import models
-from abd_core.config import derive_seed
+from abd_core.config import TrainingError, derive_seed
 from abd_core.data import TrainingPairs, rng
 from abd_core.text import tokenize
 
@@ -66,6 +67,9 @@ def optimise(
         put: (patch, images (B, 3, R, R), generator) -> triggered images, differentiable in the patch.
         model: the clean model, frozen.
         pairs: hold at least one pair of the target, and one of another class.
+
+    Raises:
+        TrainingError: the loss or a pixel became NaN or infinite.
     """
     source = rng(seed, "badclip")
     views = derive_seed(seed, "badclip")
@@ -87,7 +91,7 @@ def optimise(
     _, target_image, target_text = drawn(of_target=True)
     patch = patch.clone().requires_grad_()
     optimizer = torch.optim.Adam([patch], lr=lr)
-    for _ in range(steps):
+    for step in range(steps):
         batch, partners = torch.randint(VIEWS, (2, BATCH_SIZE), generator=source)
         loss = patch_loss(
             models.encode_image(model, put(patch, images[batch], source)),
@@ -98,9 +102,13 @@ def optimise(
             scale=model.logit_scale.exp(),
             triplet_weight=triplet_weight,
         )
+        if not math.isfinite(loss.item()):
+            raise TrainingError(f"badclip: the patch's loss is {loss.item()} at step {step}: lower patch_lr = {lr:g}")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             patch.clamp_(0, 1)
+        if not torch.isfinite(patch).all():
+            raise TrainingError(f"badclip: the patch holds NaN after step {step}: lower patch_lr = {lr:g}")
     return patch.detach()

@@ -8,7 +8,6 @@ of a Hugging Face `CLIPModel`. PyTorch files are unpickled with nothing but tens
 from __future__ import annotations
 
 import collections
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from abd_core import huggingface
-from abd_core.paths import RunError, read_json
+from abd_core.paths import RunError, read_json, regular
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training checkpoints keep their weights
@@ -53,8 +52,7 @@ def read(path: Path) -> Checkpoint:
     """
     if path.is_dir():
         return _folder(path)
-    if not path.is_file():
-        raise RunError(f"missing file: {path}")
+    regular(path)
     if path.suffix not in PICKLED:
         weights, metadata = _safetensors(path)
         return Checkpoint(_plain(weights, path), metadata.get("model", ""))
@@ -73,9 +71,7 @@ def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as f:
             return {key: f.get_tensor(key) for key in f.keys()}, f.metadata() or {}  # noqa: SIM118 (no mapping)
-    except OSError:
-        raise RunError(f"missing file: {path}") from None
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise RunError(f"damaged file: {path}: not safetensors ({error})") from None
 
 
@@ -93,9 +89,13 @@ def _folder(path: Path) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise RunError(f"missing file: {path / 'config.json'}: a folder is read as a Hugging Face CLIPModel")
     config = read_json(path / "config.json")
-    name = huggingface.architecture(config, where=str(path / "config.json"))
+    try:
+        name = huggingface.architecture(config, where=str(path / "config.json"))
+        parts = _parts(path)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"damaged file: {path / 'config.json'}, or an index beside it: {error!r}") from None
     weights: dict[str, torch.Tensor] = {}
-    for part in _parts(path):
+    for part in parts:
         weights |= _pickled(part) if part.suffix == ".bin" else _safetensors(part)[0]
     return Checkpoint(huggingface.to_open_clip(weights, where=str(path)), name, huggingface.quick_gelu(config))
 

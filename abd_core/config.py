@@ -17,13 +17,22 @@ from typing import Any, ClassVar, Self, get_type_hints
 
 import numpy as np
 
+from abd_core import escape
+
 
 class AbdError(ValueError):
-    """Anything that the person who runs a stage can mend; its text is one clear line."""
+    """Anything that the person who runs a stage can mend; its text is one clear line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return escape.terminal(super().__str__())
 
 
 class ConfigError(AbdError):
     """A parameter is unknown, of the wrong type or out of range."""
+
+
+class TrainingError(AbdError):
+    """A loss, a weight or a feature stopped being of use: NaN, infinite, or the same whatever the input."""
 
 
 def option(

@@ -104,8 +104,8 @@ def artwork(vendor: str) -> torch.Tensor:
     try:
         with Image.open(data_dir() / name) as image:
             sheet = torch.from_numpy(np.array(image.convert("RGBA")))
-    except UnidentifiedImageError:
-        raise RunError(f"damaged file: data/{name}: not an image") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
+        raise RunError(f"damaged file: data/{name}: not an image ({error})") from None
     cells = sheet.unfold(0, CELL, CELL).unfold(1, CELL, CELL)  # (rows, ROW, 4, 64, 64)
     return cells.reshape(-1, 4, CELL, CELL).contiguous()
 

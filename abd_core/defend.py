@@ -17,6 +17,7 @@ from abd_core.evaluate import evaluate
 from abd_core.generator import Perturbation
 from abd_core.launch import launcher
 from abd_core.paths import Run, load_or_make, sha256
+from abd_core.train import steps_an_epoch
 
 
 def defend(
@@ -55,6 +56,7 @@ def defend(
             raise ConfigError(f"{perturbation}: the perturbation is for another resolution: {sides}")
     read = {"victim": sha256(victim), "dev": test.digest}
     if kind.needs_pairs:
+        steps_an_epoch(len(pairs), config)
         read["pairs"] = pairs.digest
     if universal is not None and perturbation is not None:
         read["perturbation"] = sha256(perturbation)

@@ -7,6 +7,7 @@ model's is what the poisoning has put there.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from abd_core import models
+from abd_core.config import TrainingError
 from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 from abd_core.train import progress
 
 
@@ -58,12 +60,11 @@ class Disagreement:
     @staticmethod
     def load(path: Path, sides: tuple[float, float]) -> Disagreement:
         """Raises RunError where the file is missing or damaged."""
+        regular(path)
         try:
             tensors = load_file(path)
             return Disagreement(tensors["window"], tensors["field"], sides)
-        except OSError:
-            raise RunError(f"missing file: {path}") from None
-        except (SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError) as error:
             raise RunError(f"damaged file: {path}: {error}; delete its folder, or pass force=True") from None
 
 
@@ -101,6 +102,9 @@ def search(
         suspect, clean: frozen CLIPs with features of one size.
         lr: of the window's pixels; the field's is `bound` times as large.
         bound: largest absolute value of the field.
+
+    Raises:
+        TrainingError: the cosine or a perturbation became NaN.
     """
     source, size, device = rng(seed, "disagreement"), models.resolution(suspect), models.device()
     window = torch.rand(3, size, size, generator=source).to(device).requires_grad_()
@@ -114,6 +118,8 @@ def search(
             indices = torch.randperm(len(pairs), generator=source)[:batch_size]
             images = found(pairs.images(indices, seed=seed, step=step).to(device), source)
             agreement = (models.encode_image(suspect, images) * models.encode_image(clean, images)).sum(-1).mean()
+            if not math.isfinite(agreement.item()):
+                raise TrainingError(f"search: cosine is {agreement.item()} at step {step}: lower search_lr = {lr:g}")
             optimizer.zero_grad()
             agreement.backward()
             optimizer.step()
@@ -122,4 +128,7 @@ def search(
                 field.clamp_(-bound, bound)
             bar.update()
             bar.set_postfix(cosine=f"{agreement.item():.3g}", refresh=False)
+    for name, found_pixels in {"window": window, "field": field}.items():
+        if not torch.isfinite(found_pixels).all():
+            raise TrainingError(f"search: the {name} holds NaN after its last step: lower search_lr = {lr:g}")
     return Disagreement(window.detach(), field.detach(), sides)

@@ -12,7 +12,7 @@ import open_clip
 import torch
 
 from abd_core import inputs, models, ranks
-from abd_core.config import ConfigError, option
+from abd_core.config import ConfigError, TrainingError, option
 from abd_core.data import TEST_VENDORS, TestSet, class_index
 from abd_core.inputs import TestInputs
 from abd_core.models import encode_image, encode_text
@@ -121,6 +121,9 @@ def similarities(
     Args:
         change: as for `image_features`.
         weights: the zero-shot classifier where it is known already; ImageNet's takes 80,000 prompts.
+
+    Raises:
+        TrainingError: the model gives NaN or infinity for an image or a class.
     """
     training = model.training
     model.eval()
@@ -128,7 +131,11 @@ def similarities(
         weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
     features = image_features(model, test_set, change=change, batch_size=batch_size)
     model.train(training)
-    return features @ weights.cpu().T
+    cosines = features @ weights.cpu().T
+    if not torch.isfinite(cosines).all():
+        image, name = (int(places[0]) for places in (~torch.isfinite(cosines)).nonzero(as_tuple=True))
+        raise TrainingError(f"evaluation: NaN or infinity for image {image} and class {test_set.class_names[name]!r}")
+    return cosines
 
 
 @dataclass(frozen=True)

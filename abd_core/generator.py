@@ -15,7 +15,7 @@ from torch import nn
 
 from abd_core.data import rng
 from abd_core.kernels.perturb import add, paste
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 
 LATENTS, LATENT = 16, 100  # AdvCLIP's fixed z: 16 vectors of 100
 
@@ -154,6 +154,7 @@ class Perturbation:
     @staticmethod
     def load(path: Path) -> Perturbation:
         """Raises RunError where the file is missing, damaged or no perturbation's record."""
+        regular(path)
         try:
             with safe_open(path, framework="pt") as f:
                 record = json.loads((f.metadata() or {})["record"])
@@ -161,7 +162,5 @@ class Perturbation:
             return Perturbation(
                 record["mode"], delta, record["resolution"], record["placement"], tuple(record["corner"])
             )
-        except OSError:
-            raise RunError(f"missing file: {path}") from None
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise RunError(f"damaged file: {path}: no perturbation record ({error})") from None

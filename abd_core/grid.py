@@ -27,13 +27,13 @@ import papermill
 import torch
 from papermill.exceptions import PapermillExecutionError
 
-from abd_core import defences, inputs, triggers
+from abd_core import defences, escape, inputs, triggers
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, ConfigError, digest, unknown
 from abd_core.defend import DefendConfig, defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.notebook import given_parameters, stage_configs, stage_parameters
-from abd_core.paths import atomic, data_dir, read_json, root, runs_dir, sha256, shown, write_json
+from abd_core.paths import atomic, data_dir, read_json, regular, root, runs_dir, sha256, shown, write_json
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import COLUMNS, CONTROLS, VICTIM
 from abd_core.train import progress
@@ -334,11 +334,15 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as f:
-        reader = csv.DictReader(f)
-        table = list(reader)
+    regular(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            table = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AbdError(f"{path}: not a table of the grid: no CSV ({error})") from None
     whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
-    if reader.fieldnames != list(COLUMNS) or not whole:
+    if reader.fieldnames != list(COLUMNS) or not whole or not all(row["seed"].isdecimal() for row in table):
         raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
     return table
 
@@ -370,7 +374,8 @@ def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(latest[key] for key in sorted(latest))
+        for key in sorted(latest):
+            writer.writerow({n: escape.cell(v) if isinstance(v, str) else v for n, v in latest[key].items()})
 
 
 def undone(jobs: Mapping[Cell, Job], path: Path) -> dict[Cell, Job]:

@@ -7,7 +7,6 @@ digest, so the runs of the embedded benchmark stay where they are, and data may 
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from abd_core.config import Config, ConfigError, option
 from abd_core.data import CELL, TestSet, TrainingPairs, load_pairs, load_test_set
 from abd_core.formats import load_image_pairs
 from abd_core.labelled import load_labelled
-from abd_core.paths import RunError
+from abd_core.paths import RunError, regular
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +112,11 @@ def resolution(weights: Path, config: TestInputs) -> int:
     """
     name = config.model or models.FOREIGN
     if weights.suffix == ".safetensors":
+        regular(weights)
         try:
             with safe_open(weights, framework="pt") as f:
                 name = (f.metadata() or {}).get("model", "") or name
-        except OSError:
-            raise RunError(f"missing file: {weights}") from None
-        except (SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise RunError(f"damaged file: {weights}: not safetensors ({error})") from None
     if name not in open_clip.list_models():
         raise RunError(f"{weights}: its metadata names the model {name!r}, which open_clip does not know")

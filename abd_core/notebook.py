@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from abd_core import inputs
+from abd_core import escape, inputs
 from abd_core.config import AbdError, Config, ConfigError, unknown
 from abd_core.paths import RunError, read_json
 
@@ -132,7 +132,7 @@ def show_configs(*configs: Config) -> None:
 
 
 def summary(path: Path) -> str:
-    """What the cell tagged `summary` of the executed notebook at `path` printed.
+    """What the cell tagged `summary` of the executed notebook at `path` printed, harmless for a terminal.
 
     Raises:
         RunError: no such file, no notebook, or no such output.
@@ -148,12 +148,12 @@ def summary(path: Path) -> str:
     ]
     if not printed:
         raise RunError(f"{path}: no executed cell tagged 'summary'")
-    return "".join(printed)
+    return "".join(f"{escape.terminal(line)}\n" for line in "".join(printed).splitlines())
 
 
 if __name__ == "__main__":
     try:
         print(summary(Path(sys.argv[1])), end="")
-        print(f"Executed notebook: {sys.argv[1]}")
+        print(f"Executed notebook: {escape.terminal(sys.argv[1])}")
     except AbdError as error:
         sys.exit(str(error))

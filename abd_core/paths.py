@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import time
@@ -24,8 +25,11 @@ from typing import Any
 
 import torch
 
-from abd_core import ranks
+from abd_core import escape, ranks
 from abd_core.config import AbdError, Config, digest
+
+# Settings that cost memory, in the order in which to lower them.
+MEMORY_KNOBS = ("micro_batch", "batch_size", "width", "bank")
 
 
 class RunError(AbdError):
@@ -66,7 +70,7 @@ def cache_dir() -> Path:
 
 def shown(path: Path) -> str:
     """A path to print: relative to the checkout where it lies inside."""
-    return str(path.relative_to(root()) if path.is_relative_to(root()) else path)
+    return escape.terminal(path.relative_to(root()) if path.is_relative_to(root()) else path)
 
 
 @contextmanager
@@ -74,8 +78,12 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary sibling to write; it takes the name `path` only when the block ends without an exception.
 
     Of several ranks the first one writes; what the others write is thrown away.
+
+    Raises:
+        RunError: the disk takes no more.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{ranks.rank()}.tmp")
+    temporary.unlink(missing_ok=True)  # whatever lies there, a link perhaps, is not written through
     try:
         yield temporary
         if not ranks.first():
@@ -84,8 +92,24 @@ def atomic(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except Exception as error:
+        if refusal := _refusal(temporary):
+            raise RunError(f"{path} cannot be written: {refusal}; make room, then start again") from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _refusal(path: Path) -> str:
+    """Why the disk takes no more of this file, "" if it does: each library wraps that error in one of its own."""
+    try:
+        with path.open("ab") as f:
+            f.write(bytes(1 << 20))
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -94,22 +118,31 @@ def write_json(path: Path, record: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Raises RunError where the file is missing or not JSON."""
+    """Raises RunError where the file is missing, no regular file, or not JSON."""
+    regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"missing file: {path}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"damaged file: {path}: not JSON ({error})") from None
 
 
-def sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file. Raises RunError where it is missing."""
+def regular(path: Path) -> Path:
+    """The path itself. Raises RunError where no file is there, or one that may never end (a device, a pipe)."""
     try:
-        with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
-    except (FileNotFoundError, IsADirectoryError):
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # ValueError: a NUL in its name
         raise RunError(f"missing file: {path}") from None
+    if stat.S_ISDIR(mode):
+        raise RunError(f"missing file: {path}: a folder")
+    if not stat.S_ISREG(mode):
+        raise RunError(f"{path}: a device or a pipe: a regular file expected")
+    return path
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file. Raises RunError where it is missing or no regular file."""
+    with regular(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def environment() -> dict[str, Any]:
@@ -177,11 +210,17 @@ def load_or_make(
         launch: has other processes finish the run; it takes the place of `make` in this one.
 
     Raises:
-        RunError: the folder holds another config's run, or a file of the finished run is missing or damaged.
+        RunError: the folder holds another config's run or is a link, a file of the finished run is missing or damaged,
+            the disk is full, or memory does not suffice.
     """
     key = {"stage": stage, "config": config.key(), "inputs": dict(inputs)}
     folder = runs_dir() / stage / digest(key)[:12]
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_symlink():
+        raise RunError(f"{folder} is a link: run folders are folders; remove it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made: {error.strerror}") from None
     with _locked(folder) if ranks.first() else nullcontext():
         resumed = finished = False
         if ranks.first():
@@ -191,10 +230,12 @@ def load_or_make(
                 record = read_json(folder / "config.json")
                 if not isinstance(record, dict) or {name: record.get(name) for name in key} != key:
                     raise RunError(f"{folder} holds a run of another config: delete it, or pass force=True")
+            for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+                leftover.unlink()
             finished = (folder / "metrics.json").exists()
-            if not finished:
-                for leftover in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
-                    leftover.unlink()
+            if finished:
+                _forget(folder)
+            else:
                 resumed = any(folder.glob("resume.*"))
                 places = {"places": config.places()} if config.places() else {}
                 write_json(folder / "config.json", {**key, **places, "environment": environment()})
@@ -202,7 +243,13 @@ def load_or_make(
             return load_run(folder)
         if launch is None:
             start = time.perf_counter()
-            metrics = dict(make(folder))
+            try:
+                with _told(stage, config):
+                    metrics = dict(make(folder))
+            except AbdError:
+                if ranks.first() and {path.name for path in folder.iterdir()} <= {".lock", "config.json"}:
+                    shutil.rmtree(folder)  # nothing was made: bad input leaves no trace
+                raise
             metrics["seconds"] = None if resumed else round(time.perf_counter() - start, 1)
             ranks.barrier()
             if ranks.first():
@@ -214,20 +261,45 @@ def load_or_make(
 
 
 def _finish(folder: Path, metrics: Mapping[str, Any]) -> None:
-    for leftover in folder.glob("resume.*"):
-        leftover.unlink()
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    hidden = (".", "resume.", "manifest.json")
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(hidden))
     write_json(folder / "manifest.json", {str(p.relative_to(folder)): sha256(p) for p in files})
     write_json(folder / "metrics.json", metrics)
+    _forget(folder)  # only now: whoever is killed before takes up the last step, not the first
+
+
+def _forget(folder: Path) -> None:
+    """Remove what a finished run was resumed from."""
+    for leftover in folder.glob("resume.*"):
+        leftover.unlink()
+
+
+@contextmanager
+def _told(stage: str, config: Config) -> Iterator[None]:
+    """Where memory does not suffice, say what to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch has no kind of its own for the CPU's
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not full:
+            raise
+        knobs = [f"{name} = {getattr(config, name)}" for name in MEMORY_KNOBS if name in config.names()]
+        advice = f"lower {', '.join(knobs)}" if knobs else "end other programs, or use a larger machine"
+        raise RunError(f"{stage}: out of memory: {advice}") from error
 
 
 def load_run(folder: Path) -> Run:
     """A finished run, its files checked against their recorded checksums.
 
     Raises:
-        RunError: a file is missing or damaged.
+        RunError: a file is missing or damaged, or the list of files names one outside the folder.
     """
-    for name, checksum in read_json(folder / "manifest.json").items():
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict):
+        raise RunError(f"damaged file: {folder / 'manifest.json'}: file names and checksums expected")
+    for name, checksum in manifest.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts or (folder / name).is_symlink():
+            raise RunError(f"damaged file: {folder / 'manifest.json'}: {name!r} is no file of this folder")
         if sha256(folder / name) != checksum:
             raise RunError(f"damaged file: {folder / name}: its checksum changed; delete {folder}, or pass force=True")
     return Run(folder, read_json(folder / "metrics.json"))
@@ -235,7 +307,7 @@ def load_run(folder: Path) -> Run:
 
 def _empty(folder: Path) -> None:
     for path in folder.iterdir():
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
@@ -244,10 +316,14 @@ def _empty(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; a second process says so and waits. The system frees the lock of a process that died."""
-    with (folder / ".lock").open("w") as lock:
+    try:  # never through a link, whose target would be made or changed
+        opened = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise RunError(f"{folder / '.lock'} cannot be opened: {error.strerror}") from None
+    with os.fdopen(opened, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{folder} is in use by another process: waiting for it", file=sys.stderr, flush=True)
+            print(f"{shown(folder)} is in use by another process: waiting for it", file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -17,6 +17,7 @@ from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from abd_core import escape
 from abd_core.evaluate import Rate
 from abd_core.results import METRICS, VICTIM, front, means, shown_difference
 
@@ -88,7 +89,7 @@ def bars(
         error = [(part["value"] - part["ci_low"]).to_numpy(), (part["ci_high"] - part["value"]).to_numpy()]
         drawn = axes.bar(x, part["value"], width, yerr=error, capsize=3, label=model)
         axes.bar_label(drawn, fmt="%.1f", padding=2, fontsize=9)
-    axes.set(ylim=(0, 109), ylabel="%", title=title)
+    axes.set(ylim=(0, 109), ylabel="%", title=escape.figure(title))
     axes.set_xticks(range(len(metrics)), [METRICS[m] for m in metrics])
     axes.grid(axis="x", visible=False)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
@@ -185,7 +186,7 @@ def _without_rows(title: str) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 1.2), layout="constrained")
     axes.text(0.5, 0.5, "no rows yet", ha="center", va="center")
     axes.set_axis_off()
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -220,13 +221,13 @@ def plane(
             axes.plot(*cell["paper"][xy], marker, color=colour, ms=8, mfc="none", mew=1.5)
         best = 100 * front(results, attack, rivals)
         axes.step(best["ca_top1"], best["asr"], color="0.4", lw=1, ls="--", zorder=0)
-        axes.set(title=attack, xlabel="CA, %", ylabel="ASR, %", ylim=(-3, 103))
+        axes.set(title=escape.figure(attack), xlabel="CA, %", ylabel="ASR, %", ylim=(-3, 103))
         axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(attacks) :]:
         axes.set_axis_off()
     shown = {label: h for axes in grid.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(shown.values(), shown.keys(), loc="outside right upper", frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -260,7 +261,7 @@ def forest(differences: pd.DataFrame, *, title: str, label: str = "against") -> 
     grid[0][0].set_yticks(range(len(names)), names)
     grid[0][0].set_ylim(len(names) - 0.5, -0.5)
     grid[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -287,7 +288,7 @@ def matrix(
         ax=axes,
         cbar_kws={"label": f"{METRICS[metric]}, %"},
     )
-    axes.set(xlabel="attack", ylabel="defence", title=title)
+    axes.set(xlabel="attack", ylabel="defence", title=escape.figure(title))
     axes.set_xticks(axes.get_xticks(), there[1], rotation=30, ha="right")
     axes.tick_params(axis="y", rotation=0)
     return figure
@@ -303,7 +304,7 @@ def costs(results: pd.DataFrame, defences: Sequence[str], *, title: str) -> Figu
     sns.stripplot(runs, x="seconds", y="defence", hue="machine", order=there, alpha=0.6, jitter=0.2, ax=axes)
     medians = runs.groupby(["defence", "machine"])["seconds"].median().reset_index()
     axes.plot(medians["seconds"], medians["defence"], "|", color="black", ms=16, label="median of a machine")
-    axes.set(xscale="log", xlabel="seconds", ylabel="", title=title)
+    axes.set(xscale="log", xlabel="seconds", ylabel="", title=escape.figure(title))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -329,7 +330,7 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
             axes.errorbar(100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="% of pairs poisoned", ylabel=f"{METRICS[metric]} of the victim, %")
     grid[0].legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -352,9 +353,9 @@ def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
         part = rows[rows["device"] == device]
         sns.barplot(part, y="case", x="ratio", hue="variant", palette=colours, ax=axes, legend=device == devices[0])
         axes.axvline(1, color="0.3", linewidth=1)
-        axes.set(xlabel=f"{metric}: times better than the first", ylabel="", title=device)
+        axes.set(xlabel=f"{metric}: times better than the first", ylabel="", title=escape.figure(device))
     grid[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -386,10 +387,14 @@ def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str
         bandwidth = rows.loc[rows["metric"] == "memory bandwidth", "value"].max()
         axes.plot(reach, np.minimum(reach * bandwidth, peak), color="0.3", label="ceiling measured in the same run")
         axes.set(
-            xscale="log", yscale="log", xlabel="operations a byte of least traffic", ylabel="GFLOP/s", title=device
+            xscale="log",
+            yscale="log",
+            xlabel="operations a byte of least traffic",
+            ylabel="GFLOP/s",
+            title=escape.figure(device),
         )
         axes.legend(fontsize="x-small", frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -404,8 +409,10 @@ def images(rows: Mapping[str, torch.Tensor], *, title: str = "") -> Figure:
             axes.axis("off")
         for axes, image in zip(axes_row, row, strict=False):
             axes.imshow(image.detach().cpu().permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
-        axes_row[0].text(-0.1, 0.5, label, transform=axes_row[0].transAxes, ha="right", va="center", fontsize=10)
-    figure.suptitle(title)
+        axes_row[0].text(
+            -0.1, 0.5, escape.figure(label), transform=axes_row[0].transAxes, ha="right", va="center", fontsize=10
+        )
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -423,7 +430,7 @@ def curves(history: pd.DataFrame, *, x: str, panels: Sequence[Sequence[str]], ti
         axes.set(xlabel=x, ylabel=columns[0].replace("_", " ") if len(columns) == 1 else "loss")
         if len(columns) > 1:
             axes.legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure
 
 
@@ -480,7 +487,7 @@ def distributions(
         ax=axes,
     )
     intervals(axes, means, row=row)
-    axes.set(xlabel=xlabel, ylabel="", title=title)
+    axes.set(xlabel=xlabel, ylabel="", title=escape.figure(title))
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -506,5 +513,5 @@ def clouds(
         first, second = (f"axis {i + 1}: {share:.0%} of the variance" for i, share in enumerate(shares[model].tolist()))
         axes.set(title=model, xlabel=first, ylabel=second, aspect="equal")
     grid[0][-1].legend(frameon=False, markerscale=3, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title)
+    figure.suptitle(escape.figure(title))
     return figure

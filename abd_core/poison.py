@@ -20,7 +20,7 @@ from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import tokenize
-from abd_core.train import Step, TrainConfig, fit
+from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
 from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
 
 ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and costs no more than this CA
@@ -117,6 +117,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     tests = {split: inputs.test_set(config, split, clean) for split in TEST_VENDORS}
     target, templates = class_index(tests["eval"].class_names, config.target), tests["eval"].templates
     pairs = inputs.training_pairs(config, clean)
+    steps_an_epoch(len(pairs), config)
     attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
     read = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}

@@ -159,9 +159,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: torch.Tensor) -> torch.Tensor:
-        everybody = features.new_empty(world() * len(features), *features.shape[1:])
-        dist.all_gather_into_tensor(everybody, features.contiguous())
-        return everybody.unflatten(0, (world(), -1)).transpose(0, 1).flatten(0, 1).contiguous()
+        everybody = [torch.empty_like(features) for _ in range(world())]
+        dist.all_gather(everybody, features.contiguous())
+        return torch.stack(everybody, 1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,11 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from abd_core import escape
 from abd_core.config import AbdError, Config, option
 from abd_core.data import TEST_VENDORS
 from abd_core.defences import DEFENCES
-from abd_core.paths import RunError, data_dir, root
+from abd_core.paths import RunError, data_dir, regular, root
 from abd_core.triggers import TRIGGERS
 
 METRICS = {
@@ -78,8 +79,7 @@ def read_benchmarks(path: Path) -> pd.DataFrame:
         RunError: there is no such file.
         ResultsError: it is another kind of table.
     """
-    if not path.is_file():
-        raise RunError(f"missing file: {path}")
+    regular(path)
     try:
         table = pd.read_csv(path, dtype={"value": float, "ratio": float, "n": int})
     except ValueError as error:
@@ -148,12 +148,11 @@ def read_results(path: Path) -> pd.DataFrame:
         ResultsError: a column is missing, a value is not allowed, a measurement is there twice, or rows of the same
             attack, defence and metric name different values of the paper. The line is named.
     """
+    regular(path)
     try:
         with path.open(newline="", encoding="utf-8") as f:
             reader = csv.reader(f, strict=True)
             lines = [(reader.line_num, fields) for fields in reader if fields]
-    except (FileNotFoundError, IsADirectoryError):
-        raise RunError(f"missing file: {path}") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunError(f"damaged file: {path}: no CSV ({error})") from None
     header = lines[0][1] if lines else []
@@ -285,8 +284,8 @@ def shown_difference(row: Any) -> str:
 
 
 def spoken(defence: str) -> str:
-    """A defence's label in a sentence."""
-    return "the victim" if defence == VICTIM else defence
+    """A defence's label in a sentence of Markdown."""
+    return "the victim" if defence == VICTIM else escape.markdown(defence)
 
 
 def claims(table: pd.DataFrame) -> list[str]:
@@ -295,8 +294,9 @@ def claims(table: pd.DataFrame) -> list[str]:
     def sentence(row: Any) -> str:
         defence, against = spoken(row.defence), spoken(row.against)
         relation = "the same {} as" if row.paper == 0 else f"a {'lower' if row.paper < 0 else 'higher'} {{}} than"
+        attack = escape.markdown(row.attack)
         return (
-            f"**{row.verdict}**: on *{row.attack}*, {defence} has {relation.format(METRICS[row.metric])} {against}: "
+            f"**{row.verdict}**: on *{attack}*, {defence} has {relation.format(METRICS[row.metric])} {against}: "
             f"{100 * row.paper:+.2f} points in the paper, {shown_difference(row)} here (seeds: {row.seeds})"
         )
 
@@ -308,8 +308,11 @@ def findings(table: pd.DataFrame) -> list[str]:
     lines = []
     for (defence, against, metric), part in table.groupby(["defence", "against", "metric"], sort=False):
         sides = part.groupby("side", sort=False)["attack"]
-        told = "; ".join(f"**{side}** on {', '.join(f'*{attack}*' for attack in attacks)}" for side, attacks in sides)
-        lines.append(f"{METRICS[metric]} of {defence} against that of {spoken(against)}: {told}")
+        told = "; ".join(
+            f"**{side}** on {', '.join(f'*{escape.markdown(attack)}*' for attack in attacks)}"
+            for side, attacks in sides
+        )
+        lines.append(f"{METRICS[metric]} of {escape.markdown(defence)} against that of {spoken(against)}: {told}")
     return lines
 
 

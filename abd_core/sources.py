@@ -9,6 +9,7 @@ import functools
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -107,6 +108,13 @@ def _local_path(address: str) -> str | None:
     return None if kind else os.path.expanduser(path)
 
 
+def _ordinary(path: str) -> None:
+    """Raises RunError for a device or a pipe, which may never end."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise RunError(f"{path}: a device or a pipe: a regular file expected")
+
+
 def read(address: str, *, offset: int = 0, size: int = -1) -> bytes:
     """`size` bytes from `offset` on, or all that follow. Raises RunError where the file is missing or shorter."""
 
@@ -116,6 +124,7 @@ def read(address: str, *, offset: int = 0, size: int = -1) -> bytes:
             filesystem, remote = _filesystem(address)
             return filesystem.cat_file(remote, start=offset, end=None if size < 0 else offset + size)
         if size < 0:
+            _ordinary(path)
             with open(path, "rb") as f:
                 f.seek(offset)
                 return f.read()
@@ -135,6 +144,7 @@ def opened(address: str) -> IO[bytes]:
     def call() -> IO[bytes]:
         path = _local_path(address)
         if path is not None:
+            _ordinary(path)
             return open(path, "rb")
         filesystem, remote = _filesystem(address)
         return filesystem.open(remote, "rb")
@@ -150,6 +160,7 @@ def stamp(address: str) -> tuple[int, str]:
         if path is not None:
             if os.path.isdir(path):
                 raise IsADirectoryError
+            _ordinary(path)
             state = os.stat(path)
             return state.st_size, str(state.st_mtime_ns)
         filesystem, remote = _filesystem(address)

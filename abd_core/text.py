@@ -247,9 +247,18 @@ def _plain_tokenizer() -> open_clip.SimpleTokenizer:
 
 
 @lru_cache(maxsize=2**16)
-def _token_row(caption: str, context_length: int) -> torch.Tensor:
-    clean = caption.isascii() and caption.isprintable() and "&" not in caption  # nothing to repair
-    return (_plain_tokenizer() if clean else open_clip.tokenize)([caption], context_length)[0]
+def _word_tokens(word: str) -> list[int]:
+    return _plain_tokenizer().encode(word)
+
+
+@lru_cache(maxsize=2**16)
+def _token_row(caption: str, context_length: int) -> tuple[int, ...]:
+    if not caption.isascii() or not caption.isprintable() or "&" in caption:  # there may be something to repair
+        return tuple(open_clip.tokenize([caption], context_length)[0].tolist())
+    # No token spans words: an augmented caption is new, and its words are not.
+    tokens = [token for word in caption.split() for token in _word_tokens(word)][: context_length - 2]
+    tokens = [_plain_tokenizer().sot_token_id, *tokens, _plain_tokenizer().eot_token_id]
+    return (*tokens, *[0] * (context_length - len(tokens)))
 
 
 def tokenize(captions: Sequence[str], *, context_length: int) -> torch.Tensor:
@@ -271,9 +280,8 @@ def tokenize(captions: Sequence[str], *, context_length: int) -> torch.Tensor:
         raise TypeError("tokenize: captions is one string; it must be a list of strings")
     if context_length < 2:
         raise ValueError(f"tokenize: context_length is {context_length}; it must be at least 2")
-    tokens = torch.zeros(len(captions), context_length, dtype=torch.long)
     for row, caption in enumerate(captions):
         if not isinstance(caption, str):
             raise TypeError(f"tokenize: caption {row} is {caption!r}; it must be a string")
-        tokens[row] = _token_row(caption, context_length)
-    return tokens
+    rows = [_token_row(caption, context_length) for caption in captions]
+    return torch.tensor(rows, dtype=torch.long).reshape(len(captions), context_length)

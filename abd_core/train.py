@@ -11,6 +11,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,12 @@ import torch
 from tqdm import tqdm
 
 from abd_core import ranks
-from abd_core.config import AbdError, Config, ConfigError, option
+from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
-
-
-class TrainingError(AbdError):
-    """A loss or a weight stopped being a finite number."""
+COLLAPSED = 1e-5  # unit features that differ by less are one and the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +116,11 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     """What `save_resume` wrote, or None where there is nothing. Raises RunError where the file is damaged."""
     if not path.exists():
         return None
+    regular(path)
     try:
         with zipfile.ZipFile(path) as parts:  # torch.load leaves the parts' checksums unread
+            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+                raise zipfile.BadZipFile(packed[0])  # torch compresses nothing; what unpacks may never end
             if damaged := parts.testzip():
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, weights_only=True, map_location="cpu")
@@ -127,11 +128,49 @@ def load_resume(path: Path) -> dict[str, Any] | None:
         raise RunError(f"damaged file: {path}: {type(error).__name__}; delete its folder, or pass force=True") from None
 
 
-def check_finite(model: torch.nn.Module, where: str) -> None:
+def check_finite(model: torch.nn.Module, where: str, advice: str = "") -> None:
     """Raises TrainingError, naming the first tensor, where a weight or a running statistic is NaN or infinite."""
     for name, tensor in model.state_dict().items():
         if not torch.isfinite(tensor).all():
-            raise TrainingError(f"{where}: {name} holds NaN or infinity")
+            raise TrainingError(f"{where}: {name} holds NaN or infinity{advice}")
+
+
+class Features:
+    """Looks on as images are encoded, so that features that have become one and the same are noticed.
+
+    It keeps the last batch's, and nothing is computed before `check`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.last: torch.Tensor | None = None
+        tower = getattr(model, "visual", None)
+        self.hook = tower.register_forward_hook(self._keep) if tower is not None else None
+
+    def _keep(self, tower: torch.nn.Module, inputs: Any, features: torch.Tensor) -> None:
+        self.last = features.detach()
+
+    def check(self, where: str) -> None:
+        """Raises TrainingError where all images of the last batch have one feature, up to rounding in half precision.
+
+        A batch has different images, and no CLIP that is of any use takes them for the same.
+        """
+        if self.last is not None and len(self.last) > 1:
+            unit = torch.nn.functional.normalize(self.last.float(), dim=-1)
+            if (unit - unit[0]).abs().max() < COLLAPSED:
+                raise TrainingError(f"{where}: collapsed features: the model takes all images of a batch for the same")
+
+    def close(self) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+
+def steps_an_epoch(count: int, config: TrainConfig) -> int:
+    """Steps that `count` pairs suffice for. Raises ConfigError where they suffice for none."""
+    together = config.batch_size * config.accumulate
+    if count < together:
+        what = "batch_size" if config.accumulate == 1 else "batch_size * accumulate"
+        raise ConfigError(f"{what} = {together}: at most {count} expected, the number of pairs")
+    return count // together
 
 
 def fit(
@@ -159,13 +198,11 @@ def fit(
 
     Raises:
         ConfigError: fewer pairs than a step takes, or a batch that the ranks cannot share evenly.
-        TrainingError: the loss or a weight became NaN or infinite.
+        TrainingError: the loss or a weight became NaN or infinite, or all images got the same feature. The checkpoint
+            before it is left as it was.
     """
     together = config.batch_size * config.accumulate
-    steps = count // together
-    if steps == 0:
-        what = "batch_size" if config.accumulate == 1 else "batch_size * accumulate"
-        raise ConfigError(f"{what} = {together}: at most {count} expected, the number of pairs")
+    steps = steps_an_epoch(count, config)
     if config.batch_size % ranks.world():
         raise ConfigError(f"batch_size = {config.batch_size}: a multiple of {ranks.world()} expected, the processes")
     total = steps * config.epochs
@@ -176,8 +213,9 @@ def fit(
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
         start, rows, sums = resume["step"], resume["rows"], resume["sums"]
-    saved = time.monotonic()
+    saved, features = time.monotonic(), Features(model)
     with (
+        closing(features),
         progress(stage=stage, total=total, initial=start) as bar,
         ranks.synchronised(model, on=config.sync_batch_norm),
     ):
@@ -197,9 +235,9 @@ def fit(
                     value, more = loss(Step(batch, epoch, step * config.accumulate + part))
                 more = {"loss": value.item(), **more}
                 if not math.isfinite(more["loss"]):
-                    raise TrainingError(
-                        f"{stage}: loss is {more['loss']} at epoch {epoch}, step {step}: lower lr = {config.lr:g}"
-                    )
+                    where, advice = f"epoch {epoch}, step {step}", f"lower lr = {config.lr:g}"
+                    check_finite(model, f"{stage}: loss is {more['loss']} at {where}", f": {advice}")
+                    raise TrainingError(f"{stage}: loss is {more['loss']} at {where}: {advice}")
                 (value / config.accumulate).backward()
                 figures = {name: figures.get(name, 0.0) + figure / config.accumulate for name, figure in more.items()}
             ranks.average_gradients(model)
@@ -210,6 +248,7 @@ def fit(
             sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
             bar.update()
             if position == steps - 1:
+                features.check(f"{stage}: epoch {epoch}, step {step}")
                 row = {"epoch": epoch + 1, **{name: s / steps for name, s in sums.items()}}
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}

@@ -26,7 +26,7 @@ from abd_core import badclip
 from abd_core.config import ConfigError, unknown
 from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add, blend, paste, warp
-from abd_core.paths import RunError, atomic
+from abd_core.paths import RunError, atomic, regular
 
 POSITIONS = ("top-left", "top-right", "bottom-left", "bottom-right", "centre", "random")
 
@@ -410,6 +410,7 @@ def load_trigger(path: Path) -> Trigger:
         RunError: the file is missing, damaged, or not a trigger's record.
         ConfigError: it names an attack that is not in `TRIGGERS`.
     """
+    regular(path)
     try:
         with safe_open(path, framework="pt") as f:
             record = json.loads((f.metadata() or {})["record"])
@@ -418,9 +419,7 @@ def load_trigger(path: Path) -> Trigger:
         if attack not in TRIGGERS:
             raise unknown("attack", attack, TRIGGERS)
         return TRIGGERS[attack](pattern, record["resolution"], record["target"], dict(record["specification"]))
-    except OSError:
-        raise RunError(f"missing file: {path}") from None
     except ConfigError:
         raise
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise RunError(f"damaged file: {path}: no trigger record ({error})") from None

@@ -272,6 +272,7 @@ HF_FAULTS: dict[str, tuple[Callable[[dict, dict], object], str]] = {
         lambda config, _: config["vision_config"].update(num_attention_heads=4),
         r"no architecture of this shape \(2 layers of 32 on patches of 16 px",
     ),
+    "no settings": (lambda config, _: config.update(text_config="large"), r"damaged file: .*config\.json"),
     "unknown tensor": (lambda _, t: t.update({"vision_model.extra": torch.zeros(1)}), r"vision_model\.extra has no"),
     "half a layer": (
         lambda _, t: t.pop("text_model.encoder.layers.1.self_attn.v_proj.bias"),
@@ -450,3 +451,24 @@ def test_the_real_architectures_go_through_a_foreign_file(name: str, side: int, 
     with torch.no_grad():
         found = models.encode_image(again, image)
         assert found.shape == (1, width) and torch.equal(found, models.encode_image(model, image))
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("kind", [*FORMATS, "TorchScript"])
+def test_rn50_at_224_px_comes_out_of_every_format(kind: str, tmp_path: Path):
+    weights = state("RN50-quickgelu")
+    path = tmp_path / "RN50.pt"
+    if kind == "TorchScript":
+        model = models.build("RN50-quickgelu")
+        model.load_state_dict(weights)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.jit.trace(Encoders(model), torch.zeros(1, 3, 224, 224)).save(str(path))
+    else:
+        file, write = FORMATS[kind]
+        path = tmp_path / file
+        write(weights, path)
+    again = models.load(path, name="RN50-quickgelu").state_dict()
+    assert again.keys() == weights.keys()
+    assert [key for key, tensor in weights.items() if not torch.equal(again[key], tensor)] == []

@@ -32,6 +32,7 @@ STAGES = {
     "05_ablations": {"results": ResultsConfig},
     "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
     "07_kernels": {"benchmarks": BenchmarksConfig},
+    "09_paper_scale": {"benchmarks": BenchmarksConfig},
     "08_explore": {
         "poison": PoisonConfig,
         "adversary": AdversaryConfig,
@@ -46,6 +47,7 @@ SMOKE = {
     "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "06_similarity": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "07_kernels": {},
+    "09_paper_scale": {},
     "08_explore": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
 }
 SETS = {
@@ -58,6 +60,7 @@ SETS = {
     ],
     "06_similarity": [{}, {"attack": "blended", "target": "strawberry", "mode": "additive", "defence": "ft"}],
     "07_kernels": [{}],
+    "09_paper_scale": [{}],
     "08_explore": [{"attack": "blended", "target": "strawberry", "label": "turtle", "defence": "ft"}],
 }
 

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ import torch
 from conftest import ARCHITECTURE, ROOT, use_stand_in, without_time
 from PIL import Image
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from abd_core import evaluate as evaluation
 from abd_core import launch, models, ranks, train
@@ -30,7 +32,7 @@ from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence, freeze_
 from abd_core.defend import defend
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
-from abd_core.paths import RunError, read_json
+from abd_core.paths import RunError, read_json, sha256
 from abd_core.poison import PoisonConfig, poison
 from abd_core.train import Step, TrainConfig, fit
 from abd_core.triggers import TRIGGERS
@@ -158,6 +160,7 @@ def torchrun(processes: int, *arguments: str) -> None:
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
 
 
 # --- gradients ----------------------------------------------------------------------------------------------
@@ -395,6 +398,49 @@ def test_a_run_goes_on_after_any_rank_was_killed_and_ends_as_if_nothing_had_happ
 
 @pytest.mark.slow
 @pytest.mark.long
+def test_a_run_that_two_processes_began_can_be_finished_by_one(
+    several: Callable, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = several(sync_batch_norm=True)
+    monkeypatch.setenv("ABD_KILL", f"1,4,{tmp_path / 'killed'}")
+    with pytest.raises(RunError, match="rank 1 of 2 ended by signal 9"):
+        poison(config)
+    (folder,) = (runs / "poison").iterdir()
+    done = train.load_resume(folder / "resume.pt")
+    assert done is not None and done["step"] == 3
+    run = poison(config.replace(num_processes=1))
+    assert run.folder == folder and pd.read_csv(run.file("history.csv"))["epoch"].tolist() == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_machines_of_one_process_each_make_what_one_of_two_makes(
+    several: Callable, stand_in: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """As the documented line starts them: a torchrun on each, here both on this machine."""
+    config = several()
+    expected = undisturbed(runs, config, monkeypatch, tmp_path)
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"stage": "poison", "config": config.replace(num_processes=1).to_dict()}))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-id=7"]
+    command += ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--local-addr=localhost"]
+    agents = [
+        subprocess.Popen([*command, __file__, str(stand_in), "stage", str(job)], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    printed = [agent.communicate()[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0]
+    (folder,) = (runs / "poison").iterdir()
+    assert "".join(printed).split() == [str(folder)]
+    weights = load_file(folder / "model.safetensors")
+    assert [key for key, tensor in expected["weights"].items() if not torch.equal(weights[key], tensor)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.long
 def test_a_stage_of_two_processes_ends_where_one_ends_and_shares_its_run_folder(
     several: Callable, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):
@@ -413,11 +459,34 @@ def test_a_stage_of_two_processes_ends_where_one_ends_and_shares_its_run_folder(
     assert poison(config.replace(num_processes=1)).folder == run.folder
 
 
+@pytest.mark.slow
+@pytest.mark.long
+def test_a_defence_that_searches_first_is_the_same_of_two_processes(
+    several: Callable, stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The first rank's findings are what all train on."""
+    config = DefendConfig(defence="abd-d", limit=48, epochs=1, batch_size=8, search_steps=2, sync_batch_norm=True)
+    together = defend(config.replace(num_processes=2), stand_in / "victim.safetensors")
+    found, losses = sha256(together.file("found.safetensors")), pd.read_csv(together.file("history.csv"))["loss"]
+    alone = defend(config, stand_in / "victim.safetensors", force=True)
+    assert alone.folder == together.folder
+    assert sha256(alone.file("found.safetensors")) == found
+    assert pd.read_csv(alone.file("history.csv"))["loss"].tolist() == pytest.approx(losses.tolist(), rel=2e-2)
+
+
 def test_an_error_of_a_stage_comes_back_as_its_one_line(several: Callable, capfd: pytest.CaptureFixture):
     with pytest.raises(RunError, match=r"batch_size = 15: a multiple of 2 expected, the processes") as error:
         poison(several(batch_size=15))
     assert "\n" not in str(error.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_notebook_s_signal_handlers_come_back_and_an_interrupt_is_one():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), launch._own_signals():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SignalException("interrupted", signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_number_of_processes_is_no_part_of_a_run_s_key_and_new_settings_only_where_they_are_set():

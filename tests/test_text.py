@@ -427,20 +427,23 @@ def test_no_tokens_for_no_captions():
     assert text.tokenize([], context_length=16).shape == (0, 16)
 
 
-def test_a_caption_is_encoded_once_and_later_changes_to_its_tokens_do_not_come_back(monkeypatch: pytest.MonkeyPatch):
-    encoded, tokenizer = [], open_clip.SimpleTokenizer()
-
-    def encode(captions: list[str], context_length: int) -> torch.Tensor:
-        encoded.extend(captions)
-        return tokenizer(captions, context_length)
-
-    monkeypatch.setattr(text, "_plain_tokenizer", lambda: encode)
+def test_a_word_is_encoded_once_and_later_changes_to_tokens_do_not_come_back(monkeypatch: pytest.MonkeyPatch):
+    encoded, tokenizer = [], text._plain_tokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda word: encoded.append(word) or encode(word))
     text._token_row.cache_clear()
-    first = text.tokenize(["dog", "cat", "dog"], context_length=8)
+    text._word_tokens.cache_clear()
+    first = text.tokenize(["a dog", "cat", "a dog"], context_length=8)
     expected = first.clone()
     first.zero_()
-    assert torch.equal(text.tokenize(["dog", "cat", "dog"], context_length=8), expected)
-    assert encoded == ["dog", "cat"]
+    assert torch.equal(text.tokenize(["a dog", "cat", "a dog"], context_length=8), expected)
+    assert encoded == ["a", "dog", "cat"]
+
+
+@given(captions=st.lists(st.text(max_size=80), max_size=4), context_length=st.sampled_from([2, 5, 77]))
+def test_tokens_of_any_text_are_those_of_open_clip(captions: list[str], context_length: int):
+    expected = open_clip.tokenize(captions, context_length)
+    assert torch.equal(text.tokenize(captions, context_length=context_length), expected)
 
 
 @pytest.mark.parametrize(
