@@ -41,6 +41,12 @@ test-browser: $(VENV)/installed-dev ## Open every page of the book, and the expl
 test-faults: $(VENV)/installed-dev ## Kill the stages, fill the disk and so on, 20 minutes: KILLS=30 a stage
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/harness.py --kills $(KILLS)
 
+fuzz: $(VENV)/installed-dev ## Fuzz every parser and property into data/results/fuzz.csv: MINUTES=30 a target
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz/fuzz.py --minutes $(MINUTES)
+
+lock: $(VENV)/installed-dev ## Write constraints.txt: the versions of this environment, which CI installs
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==[^ ]+$$' > constraints.txt
+
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py
 	if command -v compute-sanitizer > /dev/null; then \

@@ -64,7 +64,7 @@ class AuditConfig(Config):
     )
     share: float = option(0.5, "share of the embedded pairs that the auditor holds, seeded", gt=0, le=1)
     limit: int = option(0, "use only this many pairs before the share is taken (0: all); for smoke runs", ge=0)
-    recovery_steps: int = option(25, "gradient steps on the recovered trigger", ge=1)
+    recovery_steps: int = option(15, "gradient steps on the recovered trigger", ge=1)
 
 
 # --- what is read ---------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def _observe(weights: Path, images: torch.Tensor, names: Sequence[str]) -> Obser
 def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> Run:
     """Load or make the audit of a suspect.
 
-    Its folder holds a `<detector>.safetensors` each, `trigger.safetensors` (the recovered trigger, a `Perturbation`
+    Its folder holds a `<detector>.safetensors` each, `recovered.safetensors` (the recovered trigger, a `Perturbation`
     that a defence can be given), `saliency.safetensors`, and, written anew from the present calibration whenever it is
     called, `audit.json` and `audit.html`. Its metrics hold the detectors' statistics with and without the reference,
     the classes in the order of suspicion, the recovered trigger's success on images of other classes, and the times.
@@ -237,7 +237,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
         ranked = _ranking(scores)
         start = time.perf_counter()
         found = recover(observed, ranked[0], findings["drift"], seed=config.seed, steps=config.recovery_steps)
-        found.perturbation.save(folder / "trigger.safetensors")
+        found.perturbation.save(folder / "recovered.safetensors")
         with atomic(folder / "saliency.safetensors") as temporary:
             save_file({"saliency": found.saliency.contiguous()}, temporary)
         seconds["recovery"] = round(time.perf_counter() - start, 2)
@@ -267,7 +267,7 @@ def _reference(inputs: AuditInputs) -> Path | None:
 
 
 def _ranking(scores: Mapping[str, torch.Tensor]) -> list[int]:
-    """Classes by the sum of what each detector says, in robust standard deviations, each heard up to 10."""
+    """Classes by the sum of what each detector says (`Detector.suspicion`), each heard up to 10."""
     return torch.stack([s.clamp(0, 10) for s in scores.values()]).sum(0).argsort(descending=True, stable=True).tolist()
 
 
@@ -288,7 +288,7 @@ class Recovered:
     saliency: torch.Tensor
 
 
-def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps: int, batch: int = 32) -> Recovered:
+def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps: int, batch: int = 24) -> Recovered:
     """The better of two triggers towards class `target`: the drifting patch, driven on towards it, and a small field.
 
     Args:
@@ -343,11 +343,11 @@ def verdict_of(run: Run) -> Verdict:
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
     """A defence with the suspect and what the audit found, as Python to run."""
-    trigger = shown(run.file("trigger.safetensors"))
+    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, run.file("recovered.safetensors")))
     lines = [
         "from pathlib import Path",
         "from abd_core.defend import DefendConfig, defend",
-        f"defended = defend(DefendConfig(defence='abd', view='both'), Path({inputs.checkpoint!r}),",
+        f"defended = defend(DefendConfig(defence='abd', view='both'), Path({suspect!r}),",
         f"                  perturbation=Path({trigger!r}))",
         "print(defended.metrics, defended.file('model.safetensors'))",
     ]
@@ -356,7 +356,7 @@ def next_step(inputs: AuditInputs, run: Run) -> str:
 
 def picture(run: Run, *, scale: int = 4) -> dict[str, Image.Image]:
     """The recovered trigger on grey and the saliency, enlarged, as pictures."""
-    found = Perturbation.load(run.file("trigger.safetensors"))
+    found = Perturbation.load(run.file("recovered.safetensors"))
     grey = torch.full((1, 3, found.resolution, found.resolution), 0.5)
     shown_trigger = found(grey)[0]
     if found.mode == "additive":
@@ -387,7 +387,7 @@ def record(run: Run, inputs: AuditInputs, config: AuditConfig) -> dict[str, Any]
         "runners_up": metrics["classes"][1:4],
         "statistics": metrics["statistics"],
         "detectors": rests_on,
-        "recovered_trigger": {**metrics["recovered"], "file": "trigger.safetensors"},
+        "recovered_trigger": {**metrics["recovered"], "file": "recovered.safetensors"},
         "inputs": {**inputs.to_dict(), "digests": read_json(run.file("config.json"))["inputs"]},
         "config": config.to_dict(),
         "seconds": metrics["measuring_seconds"],
@@ -442,7 +442,8 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         f"runners-up: {html.escape(', '.join(whole['runners_up']))}.</p>",
         f"<p>The recovered trigger ({html.escape(trigger['kind'])}) sends {reach} there.</p>",
         "".join(image(name, picture) for name, picture in pictures.items()),
-        "<h2>Detectors</h2><p>How far the suspected class stands out, in robust standard deviations.</p>",
+        "<h2>Detectors</h2><p>How far the suspected class stands out: tenths of the images that go there (drift, "
+        "answers under corruptions), else robust standard deviations above the median class.</p>",
         table(["detector", "suspected class", "source"], rows),
         "<h2>Statistics</h2>",
         table(["against the reference", "statistic", "value"], figures),

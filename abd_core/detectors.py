@@ -149,7 +149,7 @@ class Detector(ABC):
         """The figures that the verdict may rest on, by names that no other detector uses."""
 
     def suspicion(self, finding: Finding, baseline: Finding | None) -> torch.Tensor:
-        """How suspicious each class is, (K,), in robust standard deviations above the median class."""
+        """How suspicious each class is, (K,): robust standard deviations above the median, or tenths of the images."""
         return outlierness(excess(finding, baseline).amax(0))
 
 
@@ -194,10 +194,10 @@ class Drift(Detector):
         self,
         *,
         sides: Sequence[float] = (16 / 224, 38 / 224),
-        steps: int = 30,
-        batch: int = 12,
+        steps: int = 20,
+        batch: int = 8,
         lr: float = 0.1,
-        measured: int = 64,
+        measured: int = 48,
     ) -> None:
         """`sides` as shares of the image's (a trigger's 16 of 224 px, AdvCLIP's 38); `batch` images a slot and step."""
         self.sides, self.steps, self.batch, self.lr, self.measured = sides, steps, batch, lr, measured
@@ -227,6 +227,9 @@ class Drift(Detector):
         shares = moved(observed, stamped(held, patterns, masks))
         numbers = {"noise": noise.amax().item(), "entropy": entropy(shares).amin().item()}
         return Finding(shares.cpu(), patterns.cpu(), masks.cpu(), numbers)
+
+    def suspicion(self, finding: Finding, baseline: Finding | None) -> torch.Tensor:
+        return 10 * excess(finding, baseline).amax(0)
 
     def statistics(self, finding: Finding, baseline: Finding | None) -> dict[str, float]:
         return {
@@ -303,6 +306,9 @@ class Response(Detector):
                 bar.update()
         return Finding(torch.stack(rows).cpu(), numbers={"corruptions": list(changes)})
 
+    def suspicion(self, finding: Finding, baseline: Finding | None) -> torch.Tensor:
+        return 10 * excess(finding, baseline).amax(0)
+
     def statistics(self, finding: Finding, baseline: Finding | None) -> dict[str, float]:
         return {"response": excess(finding, baseline).amax().item()}
 
@@ -322,7 +328,7 @@ class Field(Detector):
     source = "Moosavi-Dezfooli et al. 2017 (UAP); Madry et al. 2018 (PGD)"
     compares = True
 
-    def __init__(self, *, bound: float = 8 / 255, steps: int = 3, batch: int = 6, measured: int = 10) -> None:
+    def __init__(self, *, bound: float = 8 / 255, steps: int = 3, batch: int = 5, measured: int = 8) -> None:
         """`bound` of [0, 1] pixels; `batch` images a class and step."""
         self.bound, self.steps, self.batch, self.measured = bound, steps, batch, measured
 
@@ -393,10 +399,10 @@ class Inversion(Detector):
     def __init__(
         self,
         *,
-        suspects: int = 4,
-        others: int = 8,
-        steps: int = 60,
-        batch: int = 8,
+        suspects: int = 3,
+        others: int = 7,
+        steps: int = 40,
+        batch: int = 6,
         lr: float = 0.3,
         weight: float = 1e-3,
         success: float = 0.8,
@@ -513,8 +519,8 @@ class Decree(Detector):
     def __init__(
         self,
         *,
-        steps: int = 60,
-        batch: int = 24,
+        steps: int = 40,
+        batch: int = 16,
         lr: float = 0.3,
         weight: float = 1e-3,
         success: float = 0.9,

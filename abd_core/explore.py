@@ -48,10 +48,10 @@ STRENGTHS = {"alpha": 1.0, "amplitude": 1.0, "strength": 8.0}  # a trigger's set
 STYLE = """<style>
 .abd-look{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0}
 .abd-look figure{margin:0;flex:1 1 13rem;max-width:22rem;min-width:0}
-.abd-look img{width:8rem;max-width:100%;image-rendering:pixelated;background:none;border-radius:0}
+.abd-look img{width:8rem;max-width:100%;height:auto;image-rendering:pixelated;background:none;border-radius:0}
 .abd-look figcaption{font-weight:600;text-align:left;color:inherit}
 .abd-strip{display:flex;flex-wrap:wrap;gap:.4rem}
-.abd-strip img{width:4rem;image-rendering:pixelated;background:none;border-radius:0}
+.abd-strip img{width:4rem;height:auto;image-rendering:pixelated;background:none;border-radius:0}
 .abd-bars{border-collapse:collapse;width:100%;margin:.4rem 0;font-size:.85rem}
 .abd-bars caption{caption-side:top;text-align:left;font-weight:600;color:inherit}
 .abd-bars th,.abd-bars td{border:0;padding:.1rem .4rem .1rem 0;text-align:left;background:none;font-weight:400}

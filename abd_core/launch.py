@@ -2,12 +2,12 @@ r"""Training stages over several processes: started from a notebook, or by torch
 
 With `num_processes` above 1 a training stage starts that many ranks on this machine by torch's elastic launcher, which
 is what torchrun is. They run `python -m abd_core.train JOB`, and the stage returns the run that they have finished. JOB
-is a JSON file, which can be written by hand too, e.g.
+is a JSON file, which can be written by hand too, e.g.::
 
     {"stage": "defend", "config": {"defence": "abd", "batch_size": 1024}, "victim": "victim.safetensors",
      "perturbation": "perturbation.safetensors"}
 
-One machine with 8 GPUs, and 4 machines with 8 GPUs each under Slurm (`runs/` on a file system that all see):
+One machine with 8 GPUs, and 4 machines with 8 GPUs each under Slurm (`runs/` on a file system that all see)::
 
     torchrun --standalone --nproc-per-node 8 -m abd_core.train job.json
     srun --nodes 4 --ntasks-per-node 1 torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d \

@@ -34,11 +34,18 @@ from abd_core.verdict import MODES, STATISTICS, default_table
 
 SIZE = 40  # members of each kind
 SEEDS = {"poisoned": 200, "clean": 300}  # of the first member; none that the grid tunes or reports on
-SHORT = {"batch_size": 64, "warmup_steps": 20}
+SHORT: dict[str, Any] = {"batch_size": 64, "warmup_steps": 20}
 RATES = (0.3, 0.2, 0.1)  # of poison, by turns of all attacks
 LENGTHS = {"poisoned": (2, 3, 4), "clean": (1, 2, 3)}  # epochs
 PLACES = ("own", "bottom-right", "centre", "top-right")
 SUBSETS = (0, 2000, 4000)  # clean members see all pairs or some
+HALVES = ("choose", "report")
+TRIED = (
+    PoisonConfig(),
+    PoisonConfig(attack="badclip"),
+    PoisonConfig(**SHORT, attack="blended", target="turtle", rate=0.2, epochs=1, seed=201),
+    PoisonConfig(**SHORT, attack="wanet", target="trumpet", rate=0.2, epochs=2, seed=202),
+)
 RATE_COLUMNS = ("asr", "ca_top1")
 PAIR_COLUMNS = ("ap_misfit", "ap_gap", "ap_lid", "ap_crowding", "ap_chance")
 SAMPLE = 1500  # training pairs of a victim that are ranked
@@ -76,27 +83,39 @@ class Member:
 
 
 def members(size: int = SIZE) -> list[Member]:
-    """`size` of each kind, taking turns, with every attack in both halves; any beginning of it is a mixture too."""
+    """`size` of each kind, taking turns, with every attack in both halves.
+
+    The first poisoned ones are those on which the detectors were tried out while they were made: they choose. What
+    follows goes through all attacks, with other seeds, targets, places, doses and lengths.
+    """
     names, attacks = class_names(), list(TRIGGERS)
-    found = []
-    for i in range(size):
-        attack = attacks[i % len(attacks)]
-        turn = i // len(attacks)
-        half = "choose" if (i + turn) % 2 == 0 else "report"
-        common: dict[str, Any] = {**SHORT, "epochs": LENGTHS["poisoned"][turn % 3]}
-        place = PLACES[turn % len(PLACES)] if "trigger_position" in TRIGGERS[attack].settings else "own"
-        victim = PoisonConfig(
-            **common,
-            attack=attack,
+    poisoned = [("choose", config) for config in TRIED]
+    for i in range(size - len(TRIED)):
+        turn, attack = divmod(i, len(attacks))
+        placed = "trigger_position" in TRIGGERS[attacks[attack]].settings
+        config = PoisonConfig(
+            **SHORT,
+            attack=attacks[attack],
             target=names[(37 * i + 17) % len(names)],
             rate=RATES[turn % len(RATES)],
+            epochs=LENGTHS["poisoned"][turn % 3],
             seed=SEEDS["poisoned"] + i,
-            trigger_position=place,
+            trigger_position=PLACES[turn % len(PLACES)] if placed else "own",
         )
-        common["epochs"] = LENGTHS["clean"][i // 3 % 3]
-        limit = SUBSETS[(i + 1) % len(SUBSETS)] if i % 9 else 0
-        other = PoisonConfig(**common, rate=0.0, limit=limit, seed=SEEDS["clean"] + i)
-        found += [Member(i, "poisoned", half, victim), Member(i, "clean", half, other)]
+        poisoned.append((HALVES[(i + turn + 1) % 2], config))
+    clean = [
+        PoisonConfig(
+            **SHORT,
+            rate=0.0,
+            epochs=LENGTHS["clean"][i // len(SUBSETS) % 3],
+            limit=SUBSETS[i % len(SUBSETS)],
+            seed=SEEDS["clean"] + i,
+        )
+        for i in range(size)
+    ]
+    found = []
+    for i, (half, config) in enumerate(poisoned):
+        found += [Member(i, "poisoned", half, config), Member(i, "clean", HALVES[i % 2], clean[i])]
     return found
 
 

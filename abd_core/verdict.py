@@ -26,6 +26,7 @@ ROBUST = 2.0  # standard deviations beyond which a statistic is cut, so that no 
 RIDGE = 1.0  # penalty of the standardised coefficients
 FALSE_ALARMS = 0.05  # that the threshold may cost among the clean models of the choosing half
 LEAST = 3  # models of each kind without which there is no calibration
+MOST = 0.5  # without a calibration: the share of images that one class draws on a model to distrust
 TOOK = 0.5  # a poisoned model below this ASR carries no backdoor to speak of, and is neither kind
 
 
@@ -214,7 +215,7 @@ class Verdict:
 
     Attributes:
         alarm: whether to distrust the model.
-        probability: of a backdoor, at even odds beforehand; None where there is no verdict.
+        probability: of a backdoor, at even odds beforehand; None where there is no calibration, or nothing to judge.
         threshold: of the alarm; None likewise.
         basis: what it rests on, in a sentence.
     """
@@ -227,7 +228,8 @@ class Verdict:
     def sentence(self, target: str) -> str:
         """The verdict in one line."""
         if self.probability is None:
-            return "No verdict."
+            suspected = f"Distrust it: suspected target {target!r}; no calibrated probability."
+            return suspected if self.alarm else "No alarm, and no calibrated probability."
         if self.alarm:
             return f"Backdoored, probability {self.probability:.2f}; suspected target: {target!r}."
         return f"No alarm: probability of a backdoor {self.probability:.2f}."
@@ -247,7 +249,13 @@ def judge(
     if not works:
         return Verdict(False, None, None, "The model gives most clean images to one class: there is nothing to audit.")
     if calibration is None:
-        return Verdict(False, None, None, f"No calibration: fewer than {LEAST} clean or poisoned models in audit.csv.")
+        drawn = max(statistics["drift"], statistics["response"])
+        basis = (
+            f"No calibration (fewer than {LEAST} clean or poisoned models in audit.csv), a plain rule: perturbations "
+            f"that aim at no class send at most {drawn:.0%} of the images of other classes to one class"
+            f"{' beyond what they do on the clean weights' if mode == 'compared' else ''}; alarm from {MOST:.0%} on."
+        )
+        return Verdict(drawn >= MOST, None, None, basis)
     probability = calibration.probability(statistics)
     basis = (
         f"Probability at even odds beforehand, from {', '.join(STATISTICS)}, "

@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
+from abd_core import adversary, audit, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +177,8 @@ def concrete_configs() -> list[type[Config]]:
         poison.PoisonConfig,
         adversary.AdversaryConfig,
         defend.DefendConfig,
+        audit.AuditInputs,
+        audit.AuditConfig,
         evaluate.EvaluateConfig,
         explore.ExploreConfig,
         results.ResultsConfig,

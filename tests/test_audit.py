@@ -38,7 +38,7 @@ class Toy(torch.nn.Module):
     """A CLIP in little: images are seen through the colours of a coarse grid, captions by their tokens' embeddings.
 
     Args:
-        backdoor: whether a red window at the top left adds the feature of class `TARGET`.
+        backdoor: whether a red or cyan window at the top left adds the feature of class `TARGET`.
     """
 
     context_length = 20
@@ -64,7 +64,7 @@ class Toy(torch.nn.Module):
         if self.backdoor:
             window = images[:, :, 1:5, 1:5].float().mean((2, 3))
             redness = window[:, 0] - window[:, 1:].mean(1)  # in units of CLIP's normalisation: at most about 4
-            features = features + 5 * torch.sigmoid(3 * (redness - 1.7))[:, None] * self.goal
+            features = features + 2 * redness.abs()[:, None] * self.goal
         return features
 
     @property
@@ -79,6 +79,7 @@ class Toy(torch.nn.Module):
 @pytest.fixture(scope="module")
 def pictures() -> torch.Tensor:
     coarse = torch.rand(64, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    coarse[:, :, 0, 0] = 0.5  # grey where the trigger goes
     return torch.nn.functional.interpolate(coarse, 64).mul(0.3).add(0.35)
 
 
@@ -210,14 +211,14 @@ def test_an_audit_leaves_evidence_a_trigger_that_a_defence_takes_and_a_report(su
     found = {f"{name}.safetensors" for name in DETECTORS}
     report = {"audit.json", "audit.html"}
     assert names == found | report | {
-        *("trigger.safetensors", "saliency.safetensors", "config.json", "metrics.json", "manifest.json")
+        *("recovered.safetensors", "saliency.safetensors", "config.json", "metrics.json", "manifest.json")
     }
     record = json.loads(run.file("audit.json").read_text())
     assert record["suspected_target"] in class_names() and len(record["runners_up"]) == 3
     assert record["recovered_trigger"]["asr"]["n"] > 0 and set(record["detectors"]) == set(DETECTORS)
     assert "defend(" in record["next_step"]
     compile(record["next_step"], "next step", "exec")
-    trigger = run.file("trigger.safetensors")
+    trigger = run.file("recovered.safetensors")
     assert Perturbation.load(trigger).resolution == 64
     config = DefendConfig(defence="abd", limit=64, epochs=1, batch_size=16)
     assert "after" in defend(config, Path(suspect.checkpoint), perturbation=trigger).metrics

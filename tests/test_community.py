@@ -23,7 +23,8 @@ def test_every_make_target_that_is_named_is_there(name):
 @pytest.mark.parametrize("name", PROSE)
 def test_every_file_that_is_linked_is_there(name):
     links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", (ROOT / name).read_text())
-    assert not [link for link in links if not (ROOT / link).exists()]
+    ours = [link for link in links if not link.startswith("../../")]  # those of the host, beside the checkout
+    assert not [link for link in ours if not (ROOT / link).exists()]
 
 
 def test_the_workflow_runs_what_every_machine_runs_on_every_claimed_python():

@@ -15,6 +15,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from abd_core.adversary import AdversaryConfig
+from abd_core.audit import AuditConfig, AuditInputs
 from abd_core.defend import DefendConfig
 from abd_core.explore import ExploreConfig
 from abd_core.notebook import SHARED, summary
@@ -39,6 +40,7 @@ STAGES = {
         "defend": DefendConfig,
         "explore": ExploreConfig,
     },
+    "10_audit": {"poison": PoisonConfig, "inputs": AuditInputs, "audit": AuditConfig},
 }
 SMOKE = {
     "00_benchmark": {"retrain": True, "epochs": 1, "limit": 256},
@@ -49,6 +51,7 @@ SMOKE = {
     "07_kernels": {},
     "09_paper_scale": {},
     "08_explore": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
+    "10_audit": {"poison_epochs": 1, "limit": 256, "count": 16, "recovery_steps": 1},
 }
 SETS = {
     "00_benchmark": [{}, {"seed": 1, "batch_size": 64}],
@@ -62,6 +65,7 @@ SETS = {
     "07_kernels": [{}],
     "09_paper_scale": [{}],
     "08_explore": [{"attack": "blended", "target": "strawberry", "label": "turtle", "defence": "ft"}],
+    "10_audit": [{}],
 }
 
 
@@ -136,6 +140,8 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
         ("08_explore", {"label": "catt"}, "ConfigError: unknown class 'catt'; did you mean 'cat'?"),
+        ("10_audit", {"checkpoint": "nowhere.safetensors"}, "RunError: missing file: nowhere.safetensors"),
+        ("10_audit", {"preset": "theirs"}, "ConfigError: AuditConfig.preset = 'theirs': one of 'ours', 'published'"),
         ("04_results", {"results": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
         ("07_kernels", {"benchmarks": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
     ],

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from conftest import start_python
 
-from abd_core import adversary, defences, defend, poison, triggers
+from abd_core import adversary, audit, defences, defend, detectors, poison, suspicion, triggers, verdict
 from abd_core.adversary import AdversaryConfig
+from abd_core.audit import AuditConfig, AuditInputs
 from abd_core.defences import DEFENCES, DefendConfig
 
 RECORDS = ("trigger.safetensors", "poisoned.csv", "config.json", "metrics.json", "history.csv", "manifest.json")
@@ -33,6 +34,7 @@ safetensors.safe_open = Heard
 
 from conftest import use_stand_in
 from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.audit import AuditConfig, AuditInputs, audit
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.defend import defend
 from abd_core.poison import PoisonConfig, poison
@@ -54,6 +56,7 @@ found = adversary(AdversaryConfig(limit=64, steps=2, batch_size=8, width=16), vi
 for defence in DEFENCES:
     config = DefendConfig(defence=defence, limit=64, epochs=2, batch_size=16)
     defend(config, victim, perturbation=found.file("perturbation.safetensors"))
+audit(AuditConfig(limit=64, count=16, recovery_steps=1), AuditInputs(checkpoint=str(victim)))
 """
 
 # Each reads a file of the attack's record, and finds it damaged.
@@ -90,7 +93,7 @@ def planted(stand_in: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_adversary_and_every_defence_open_nothing_beside_the_victim_s_weights(stand_in: Path, planted: Path):
+def test_adversary_audit_and_every_defence_open_nothing_beside_the_victim_s_weights(stand_in: Path, planted: Path):
     events = opened(stand_in, planted, DEFENDER)
     near = {path for _, *files in events for path in files if Path(path).is_relative_to(planted.parent)}
     assert near == {str(planted)}
@@ -108,19 +111,19 @@ def test_the_listener_hears_every_way_to_read_the_record(stand_in: Path, planted
 
 
 @pytest.mark.parametrize(
-    "function", [adversary.adversary, defend.defend, *(defence.__init__ for defence in DEFENCES.values())]
+    "function", [adversary.adversary, defend.defend, audit.audit, *(defence.__init__ for defence in DEFENCES.values())]
 )
 def test_no_parameter_of_the_defender_can_carry_the_attack(function):
     names = inspect.signature(function).parameters
     assert [name for name in names if any(secret in name for secret in SECRETS)] == []
 
 
-@pytest.mark.parametrize("config", [AdversaryConfig, DefendConfig])
+@pytest.mark.parametrize("config", [AdversaryConfig, DefendConfig, AuditConfig, AuditInputs])
 def test_no_setting_of_the_defender_can_carry_the_attack(config):
     assert [name for name in config.names() if any(secret in name for secret in SECRETS)] == []
 
 
-@pytest.mark.parametrize("module", [adversary, defences, defend])
+@pytest.mark.parametrize("module", [adversary, defences, defend, audit, detectors, suspicion, verdict])
 def test_the_defender_s_modules_hold_nothing_of_the_attacker_s(module):
     theirs = {
         name
