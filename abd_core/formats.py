@@ -632,12 +632,14 @@ class _Ahead:
 
     def take(self, wanted: list[int]) -> torch.Tensor | None:
         """Pixels of these indices where the present batch or the next one has them all, else None."""
-        while len(self.held) < 2 and (batch := next(self.batches, None)) is not None:
-            self.held.append(({index: number for number, index in enumerate(batch[0])}, batch))
-            if self.held[0][0].keys() >= set(wanted):
-                break  # the next one is not waited for
-        for number, (place, batch) in enumerate(self.held):
-            if place.keys() >= set(wanted):
+        asked = set(wanted)
+        for number in range(2):
+            if number == len(self.held):
+                if (following := next(self.batches, None)) is None:
+                    return None
+                self.held.append(({index: row for row, index in enumerate(following[0])}, following))
+            place, batch = self.held[number]
+            if place.keys() >= asked:
                 del self.held[:number]
                 pixels, places = unwrapped(batch), [place[index] for index in wanted]
                 return pixels if places == list(range(len(pixels))) else pixels[places]

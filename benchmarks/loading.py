@@ -106,7 +106,7 @@ def main() -> None:
                 start = cpu_seconds()
                 rates[name].append(call())
                 spent[name].append(COUNT / (cpu_seconds() - start))
-    for metric, unit, values in (("speed", "images/s", rates), ("thrift", "images/CPU-s", spent)):
+    for metric, unit, values in (("speed", "images/s", rates), ("CPU time", "images/CPU-s", spent)):
         median = {name: statistics.median(found) for name, found in values.items()}
         first = next(iter(median.values()))
         for name, rate in median.items():
