@@ -84,9 +84,9 @@ $(VENV)/made:
 	touch $@
 
 $(VENV)/installed: pyproject.toml | $(VENV)/made
-	$(BIN)/python -m pip install -e .
+	$(BIN)/python -m pip install -e . $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	touch $@
 
 $(VENV)/installed-%: pyproject.toml | $(VENV)/made
-	$(BIN)/python -m pip install -e ".[$*]"
+	$(BIN)/python -m pip install -e ".[$*]" $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 	touch $@

@@ -70,3 +70,14 @@ def test_the_claimed_pythons_are_consecutive_and_are_those_that_conda_allows() -
 
 def test_pip_starts_at_the_oldest_claimed_python() -> None:
     assert SpecifierSet(PROJECT["requires-python"]) == SpecifierSet(f">={claimed_pythons()[0]}")
+
+
+def test_the_lock_of_ci_pins_every_package_within_its_bounds_and_names_no_host() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[A-Za-z0-9_.!]+", line)] == []
+    pinned = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+    for name, specifier in bounds(
+        list(chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()))
+    ).items():
+        assert pinned.get(name) and specifier.contains(pinned[name]), name
+    assert "CONSTRAINTS=constraints.txt" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

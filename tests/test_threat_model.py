@@ -133,3 +133,28 @@ def test_the_defender_s_modules_hold_nothing_of_the_attacker_s(module):
     }
     assert {"poison", "PoisonConfig", "load_trigger", "BadNet"} <= theirs
     assert not theirs & vars(module).keys()
+
+
+WRITERS = """
+written = []
+
+def hear(event, arguments):
+    if event == "open" and isinstance(arguments[0], (str, bytes)) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+        written.append(os.path.realpath(os.fsdecode(arguments[0])))
+    if event in ("os.rename", "os.remove", "os.truncate", "os.link", "os.symlink"):
+        written.extend(os.path.realpath(os.fsdecode(a)) for a in arguments if isinstance(a, (str, bytes)))
+
+sys.addaudithook(hear)
+run = poison(PoisonConfig(limit=64, epochs=1, batch_size=16, rate=0.5))
+opened = [["runs", str(run.folder.parent.parent)], *(["written", path] for path in written)]
+"""
+
+
+@pytest.mark.slow
+def test_the_attack_writes_into_its_run_folder_alone_and_no_test_set_on_disk_is_poisoned(
+    stand_in: Path, planted: Path, runs: Path
+):
+    (_, folder), *written = opened(stand_in, planted, WRITERS)
+    paths = {Path(path) for _, path in written if not path.startswith("/dev/")}
+    assert {path.name for path in paths} >= {"trigger.safetensors", "poisoned.csv", "metrics.json"}
+    assert [path for path in paths if not path.is_relative_to(folder)] == []
