@@ -77,7 +77,7 @@ pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
 # %% [markdown]
 # Drift, place by place: the share of held-out images of other classes that each optimised patch sends to the suspected class.
 
-# %% mystnb={"figure": {"caption": "The evidence in pictures; the paper has no such audit."}, "image": {"alt": "Maps of the largest share of images that go to one class, by the place of a patch, for the suspect and its references, and the recovered trigger"}}
+# %% mystnb={"figure": {"caption": "The evidence in pictures; the paper has no such audit."}, "image": {"alt": "Maps, one for each size of patch, of the largest share of images that go to one class by the place of the patch; then pictures of the recovered trigger"}}
 import matplotlib.pyplot as plt
 
 drift, _ = load_finding(run.file("drift.safetensors"))
