@@ -113,16 +113,22 @@ def similarities(
     test_set: TestSet,
     *,
     change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    weights: torch.Tensor | None = None,
     batch_size: int = 250,
 ) -> torch.Tensor:
-    """Cosine of every test image with every class, float (N, K), in eval mode; `change` as for `image_features`.
+    """Cosine of every test image with every class, float (N, K), in eval mode.
+
+    Args:
+        change: as for `image_features`.
+        weights: the zero-shot classifier where it is known already; ImageNet's takes 80,000 prompts.
 
     Raises:
         TrainingError: the model gives NaN or infinity for an image or a class.
     """
     training = model.training
     model.eval()
-    weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
+    if weights is None:
+        weights = zero_shot_weights(model, test_set.class_names, test_set.templates)
     features = image_features(model, test_set, change=change, batch_size=batch_size)
     model.train(training)
     cosines = features @ weights.cpu().T
@@ -167,13 +173,17 @@ def evaluate(
     target: int = -1,
 ) -> Evaluation:
     """CA of `model`, and, with an attack's `trigger` and `target` class index, its ASR and RA. Clusters are classes."""
-    labels = test_set.labels
-    ranked = similarities(model, test_set).topk(min(max(TOP), len(test_set.class_names)), dim=1).indices
+    labels, training = test_set.labels, model.training
+    weights = zero_shot_weights(model.eval(), test_set.class_names, test_set.templates)
+    model.train(training)
+    ranked = (
+        similarities(model, test_set, weights=weights).topk(min(max(TOP), len(test_set.class_names)), dim=1).indices
+    )
     hit = ranked == labels[:, None]
     ca = {k: rate(hit[:, :k].any(1), labels) for k in TOP}
     if trigger is None:
         return Evaluation(test_set.split, ca)
-    predicted = similarities(model, test_set, change=trigger).argmax(1)
+    predicted = similarities(model, test_set, change=trigger, weights=weights).argmax(1)
     fooled, other = predicted.eq(target), labels.ne(target)
     return Evaluation(
         test_set.split,

@@ -186,9 +186,13 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             "poisoned_share": poisoned.float().mean().item(),
             "poisoned_images": len(image_of[poisoned].unique()),
         }
+        measured: dict[str, list[dict[str, Any]]] = {}  # both splits may be all images
         for split, test in tests.items():
-            metrics[split] = evaluate(model, test, trigger=trigger, target=target).to_dict()
-            metrics[f"base_{split}"] = evaluate(base, test, trigger=trigger, target=target).to_dict()
+            if test.digest not in measured:
+                both = (evaluate(net, test, trigger=trigger, target=target) for net in (model, base))
+                measured[test.digest] = [evaluation.to_dict() for evaluation in both]
+            victim, clean_base = ({**figures, "split": split} for figures in measured[test.digest])
+            metrics |= {split: victim, f"base_{split}": clean_base}
         return {**metrics, "took": took(metrics)}
 
     return load_or_make("poison", config, read, make, force=force, launch=launcher("poison", config))

@@ -30,7 +30,7 @@ from abd_core.evaluate import image_features
 from abd_core.generator import Perturbation, patch_side
 from abd_core.inputs import TrainInputs
 from abd_core.notebook import given_parameters, stage_configs
-from abd_core.paths import cache_dir, environment, read_json, runs_dir, write_json
+from abd_core.paths import cache_dir, environment, read_json, runs_dir, shown, write_json
 from abd_core.poison import PoisonConfig
 from abd_core.text import tokenize
 from abd_core.triggers import TRIGGERS
@@ -38,6 +38,8 @@ from abd_core.triggers import TRIGGERS
 STEPS, WARM = 20, 5  # of a rehearsal; so many of them are not counted
 SAMPLE = 256  # captions and test images that are looked at
 GIB = 1 << 30
+# Settings of poisoning that its rehearsal by plain fine-tuning shares.
+_ALIKE = ("seed", "batch_size", "lr", "weight_decay", "accumulate", "micro_batch", "sync_batch_norm", *inputs.SHARED)
 STAGES: dict[str, type[Config]] = {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig}
 
 
@@ -217,7 +219,7 @@ def _disk(configs: Sequence[Any], clean: Path) -> tuple[str, None]:
     model = 4 * sum(tensor.numel() for tensor in models.load(clean).state_dict().values())
     needed = 7 * model * sum(not isinstance(config, AdversaryConfig) for config in configs) + GIB
     free = shutil.disk_usage(runs_dir()).free
-    text = f"about {needed / GIB:.1f} GiB needed in {runs_dir()}, {free / GIB:.1f} GiB free"
+    text = f"about {needed / GIB:.1f} GiB needed in {shown(runs_dir())}, {free / GIB:.1f} GiB free"
     if needed > free:
         raise AbdError(text)
     return text, None
@@ -226,7 +228,7 @@ def _disk(configs: Sequence[Any], clean: Path) -> tuple[str, None]:
 def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) -> tuple[str, float]:
     """Run `STEPS` steps of a stage, and say what they tell of the whole."""
     own = pairs if isinstance(config, PoisonConfig) else pairs.subset(config.share, seed=config.seed)
-    few = _Timed(own.take(range(min(len(own), STEPS * config.batch_size))))
+    few = _Timed(own.take(range(min(len(own), max(STEPS, getattr(config, "accumulate", 1)) * config.batch_size))))
     model = models.load(clean)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -250,7 +252,7 @@ def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) ->
 def _defence(config: Any, pairs: Any, clean: Path, size: int) -> FineTuningDefence | None:
     """What trains as the stage does: the defence itself, and for poisoning, plain fine-tuning."""
     if isinstance(config, PoisonConfig):
-        shared = {name: getattr(config, name) for name in ("seed", "batch_size", "lr", "weight_decay", *inputs.SHARED)}
+        shared = {name: getattr(config, name) for name in _ALIKE}
         config = DefendConfig(defence="ft", **shared)
     kind = DEFENCES[config.defence]
     if not issubclass(kind, FineTuningDefence):

@@ -3,7 +3,8 @@
     python benchmarks/loading.py
 
 A ratio is the share of the bare rate: of one core, times the number of workers where there are some, which more workers
-than free cores cannot reach; or, of the CPU's time, that of the reading and of all workers together, their start included. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
+than free cores cannot reach; or, of the CPU's time, that of the reading and of all workers together, their start
+included. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from PIL import Image
 from abd_core.formats import Images, decode, in_batches, loader, read_index, unwrapped
 
 SIZE, RESOLUTION, BATCH = (500, 375), 224, 32
-COUNT, REPEATS = 384, 5
+COUNT, REPEATS = 1024, 5
 CASE = f"JPEG, {SIZE[0]}x{SIZE[1]} px to {RESOLUTION} px"
 
 

@@ -247,7 +247,7 @@ expected.loc[ours["defence"].unique()]
 # ## Summary
 
 # %% tags=["summary"]
-for device, case, stage, variant, count, speed, hours, _ in rows:
+for device, _, stage, variant, count, speed, hours, _ in rows:
     print(f"{stage}: {count} pairs in {hours:.1f} hours on one {device} ({speed} images/s, timed as '{variant}')")
 best = loading[loading["metric"].eq("speed") & loading["variant"].str.endswith(" 1 workers")]
 for device, variant, ratio in best[["device", "variant", "ratio"]].itertuples(index=False):

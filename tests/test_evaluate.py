@@ -131,6 +131,15 @@ def test_the_classifier_is_that_of_open_clip(stand_in, fp32):
     torch.testing.assert_close(ours, theirs.T, atol=1e-6, rtol=1e-5)
 
 
+def test_an_evaluation_encodes_the_prompts_once_and_leaves_the_model_s_mode(stand_in, monkeypatch):
+    model, test, calls = models.load(stand_in / "base.safetensors").train(), load_test_set("eval", views=1), []
+    prompts = module.zero_shot_weights
+    monkeypatch.setattr(module, "zero_shot_weights", lambda net, *a: (calls.append(net.training), prompts(net, *a))[1])
+    with_trigger = evaluate(model, test, trigger=lambda images: 1 - images, target=0)
+    assert calls == [False] and model.training
+    assert with_trigger.ca == evaluate(model, test).ca
+
+
 def test_similarities_are_cosines_of_single_images_in_eval_mode_whatever_the_batches(stand_in, fp32):
     model = models.build(ARCHITECTURE, seed=3).train()
     test = load_test_set("eval", views=1)
@@ -157,13 +166,14 @@ def planted(monkeypatch: pytest.MonkeyPatch, clean: list[int], triggered: list[i
             scores[i, (torch.arange(CLASSES) + winner) % CLASSES] = -torch.arange(CLASSES, dtype=torch.float)
         return scores
 
+    monkeypatch.setattr(module, "zero_shot_weights", lambda *_: None)
     monkeypatch.setattr(
-        module, "similarities", lambda model, test, *, change=None: ranked(triggered if change else clean)
+        module, "similarities", lambda model, test, *, change=None, weights: ranked(triggered if change else clean)
     )
     labels = torch.arange(CLASSES).repeat_interleave(2)
     names = tuple(f"class {i}" for i in range(CLASSES))
     test = module.TestSet(torch.zeros(24, 3, 8, 8, dtype=torch.uint8), labels, names, ("a {}",), "eval")
-    return evaluate(None, test, trigger=lambda images: images, target=TARGET)
+    return evaluate(torch.nn.Identity(), test, trigger=lambda images: images, target=TARGET)
 
 
 LABELS = [i // 2 for i in range(24)]
@@ -199,10 +209,11 @@ def test_top_k_counts_a_label_among_the_first_k(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_without_a_trigger_only_ca_is_measured(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module, "similarities", lambda model, test: torch.eye(CLASSES))
+    monkeypatch.setattr(module, "zero_shot_weights", lambda *_: None)
+    monkeypatch.setattr(module, "similarities", lambda model, test, *, weights: torch.eye(CLASSES))
     images = torch.zeros(CLASSES, 3, 8, 8, dtype=torch.uint8)
     test = module.TestSet(images, torch.arange(CLASSES), tuple("abcdefghijkl"), ("a {}",), "dev")
-    record = evaluate(None, test).to_dict()
+    record = evaluate(torch.nn.Identity(), test).to_dict()
     assert record["split"] == "dev"
     assert record.keys() == {"split", "ca_top1", "ca_top5", "ca_top10"}
     assert record["ca_top1"]["value"] == 1 and record["ca_top1"]["n"] == CLASSES

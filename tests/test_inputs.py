@@ -158,6 +158,13 @@ def test_workers_and_places_change_no_figure(outside: dict[str, str], tmp_path: 
     assert through(outside) == first
 
 
+def test_where_both_splits_are_all_images_they_have_the_same_figures(outside: dict[str, str]):
+    metrics = poison(attacker(outside, epochs=1, dev_share=0)).metrics
+    assert (metrics["dev"]["split"], metrics["eval"]["split"], metrics["eval"]["ca_top1"]["n"]) == ("dev", "eval", 60)
+    for who in ("", "base_"):
+        assert {**metrics[f"{who}dev"], "split": ""} == {**metrics[f"{who}eval"], "split": ""}
+
+
 def test_what_was_read_stands_in_the_record(outside: dict[str, str]):
     run = poison(attacker(outside, epochs=1))
     record = paths.read_json(run.file("config.json"))

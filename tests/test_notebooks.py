@@ -33,6 +33,7 @@ STAGES = {
     "05_ablations": {"results": ResultsConfig},
     "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
     "07_kernels": {"benchmarks": BenchmarksConfig},
+    "09_paper_scale": {"benchmarks": BenchmarksConfig},
     "08_explore": {
         "poison": PoisonConfig,
         "adversary": AdversaryConfig,
@@ -48,6 +49,7 @@ SMOKE = {
     "03_defend": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "06_similarity": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "07_kernels": {},
+    "09_paper_scale": {},
     "08_explore": {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1},
     "10_audit": {"poison_epochs": 1, "limit": 256, "count": 16, "recovery_steps": 1},
 }
@@ -61,6 +63,7 @@ SETS = {
     ],
     "06_similarity": [{}, {"attack": "blended", "target": "strawberry", "mode": "additive", "defence": "ft"}],
     "07_kernels": [{}],
+    "09_paper_scale": [{}],
     "08_explore": [{"attack": "blended", "target": "strawberry", "label": "turtle", "defence": "ft"}],
     "10_audit": [{}],
 }

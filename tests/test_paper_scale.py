@@ -166,18 +166,17 @@ def test_the_slurm_profile_of_the_paper_s_scale_asks_for_a_gpu_a_job(outside: di
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cleanclip", "open_clip", "parquet", "webdataset"])
+@pytest.mark.parametrize("kind", ["cleanclip", "webdataset"])
 def test_rn50_at_224_px_goes_through_all_stages(kind: str, runs: Path, tmp_path: Path):
-    """Random weights, as CleanCLIP stores them; 64 JPEGs of 400 x 300; ten test classes; the paper's 16 px patch."""
+    """Random weights, as CleanCLIP stores them; 64 JPEGs of 400 x 300; six test classes; the paper's 16 px patch."""
     pairs = miniature.samples(64, size=(400, 300))
     address = (
         miniature.write_shards(tmp_path, pairs)
         if kind == "webdataset"
         else miniature.write_table(tmp_path, kind, pairs)
     )
-    names = (*miniature.THINGS, "goat", "hat", "ink", "jar")
-    miniature.write_folders(tmp_path / "test", each=2, names=names)
-    (tmp_path / "names.txt").write_text("\n".join(names))
+    miniature.write_folders(tmp_path / "test", each=2)
+    (tmp_path / "names.txt").write_text("\n".join(miniature.THINGS))
     model = models.build("RN50-quickgelu", seed=0)
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"epoch": 1, "state_dict": state}, tmp_path / "epoch_1.pt")
@@ -198,7 +197,7 @@ def test_rn50_at_224_px_goes_through_all_stages(kind: str, runs: Path, tmp_path:
     defended = defend(defender, weights, perturbation=found.file("perturbation.safetensors"))
     config = EvaluateConfig(**inputs.test_inputs(defender))
     measured = measure(defended.file("model.safetensors"), trigger=victim.file("trigger.safetensors"), config=config)
-    assert victim.metrics["poisoned"] == 8 and measured.metrics["ca_top1"]["n"] == 20
+    assert victim.metrics["poisoned"] == 8 and measured.metrics["ca_top1"]["n"] == 12
     stored = models.load(defended.file("model.safetensors"))
     assert (stored.architecture, models.resolution(stored)) == ("RN50-quickgelu", 224)
     changed = [n for n, t in stored.state_dict().items() if not torch.equal(t.cpu(), model.state_dict()[n].cpu())]
