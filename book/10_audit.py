@@ -77,7 +77,7 @@ pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
 # %% [markdown]
 # Drift, place by place: the share of held-out images of other classes that each optimised patch sends to the suspected class.
 
-# %%
+# %% mystnb={"figure": {"caption": "The evidence in pictures; the paper has no such audit."}, "image": {"alt": "Maps, one for each size of patch, of the largest share of images that go to one class by the place of the patch; then pictures of the recovered trigger"}}
 import matplotlib.pyplot as plt
 
 drift, _ = load_finding(run.file("drift.safetensors"))
@@ -150,6 +150,17 @@ from abd_core.audit import next_step
 print(next_step(inputs, run))
 
 # %% [markdown]
+# <details><summary><b>Exercise.</b> Audit the committed clean base instead of the victim. What would it take for its
+# verdict to be wrong?</summary>
+#
+# **Solution.** `-p checkpoint data/base/model.safetensors`. A clean model may have a class that many patches lead to, because
+# its prompts lie near the middle of all features: a false alarm. And a backdoor whose trigger is neither local nor like any
+# corruption that is tried leaves no trace here: a miss. That is why the verdict comes with its evidence.
+#
+# </details>
+#
+# In the code: [`abd_core.audit`](api.md#abd_coreaudit), [`abd_core.suspicion`](api.md#abd_coresuspicion).
+#
 # **What was learnt.** A backdoor whose trigger is a patch gives itself away: the search needs neither its place nor its target. Triggers that lie
 # all over the image show where corruptions of their kind set them off, and can go unseen where none does. A quiet audit is no proof of a
 # clean model, and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.

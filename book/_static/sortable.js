@@ -39,8 +39,6 @@
   };
 
   const prepare = (table) => {
-    const box = table.closest("div");
-    if (box && box.scrollWidth > box.clientWidth) box.tabIndex = 0;
     const head = table.tHead && table.tHead.rows;
     if (!head || !table.tBodies.length || table.tBodies[0].rows.length < LONG) return;
     const columns = Math.max(...[...table.tBodies[0].rows].map((row) => row.cells.length));
@@ -60,5 +58,13 @@
     }
   };
 
-  document.addEventListener("DOMContentLoaded", () => document.querySelectorAll("table.dataframe").forEach(prepare));
+  // What is wider than its place scrolls, so it has to take the focus.
+  const reach = (box) => {
+    if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  };
+
+  document.addEventListener("DOMContentLoaded", () => {
+    document.querySelectorAll("table.dataframe").forEach(prepare);
+    document.querySelectorAll(".bd-article table, .bd-article .output, .bd-article div:has(> table)").forEach(reach);
+  });
 })();
