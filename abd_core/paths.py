@@ -283,8 +283,11 @@ def _told(stage: str, config: Config) -> Iterator[None]:
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not full:
             raise
-        knobs = [f"{name} = {getattr(config, name)}" for name in MEMORY_KNOBS if name in config.names()]
+        there = {name: getattr(config, name) for name in MEMORY_KNOBS if name in config.names()}
+        knobs = [f"{name} = {value}" for name, value in there.items() if value]
         advice = f"lower {', '.join(knobs)}" if knobs else "end other programs, or use a larger machine"
+        if there.get("micro_batch") == 0:
+            advice += ", or set micro_batch"
         raise RunError(f"{stage}: out of memory: {advice}") from error
 
 

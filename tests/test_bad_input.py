@@ -221,7 +221,10 @@ WEIGHTS: dict[str, tuple[Callable[[World], Path], tuple[str, ...]]] = {
         lambda w: w.file("m.safetensors", w.victim.read_bytes()[:-9]),
         ("damaged file", "m.safetensors", "not safetensors"),
     ),
-    "without a model's name": (lambda w: w.weights(lambda t: None, None), ("changed.safetensors", "the model ''")),
+    "without a model's name": (
+        lambda w: w.weights(lambda t: None, None),
+        ("changed.safetensors", "tensor", "but RN50-quickgelu needs"),
+    ),
     "of an unknown model": (lambda w: w.weights(lambda t: None, "RN51"), ("'RN51'", "open_clip does not know")),
     "of another model": (lambda w: w.weights(lambda t: None, "emoji-rn14"), ("tensor", "but emoji-rn14 needs")),
     "a tensor missing": (lambda w: w.weights(lambda t: t.pop("logit_scale")), ("tensor logit_scale is None",)),

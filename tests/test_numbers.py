@@ -200,7 +200,7 @@ def too_much(folder: Path) -> dict:
 @pytest.mark.parametrize(
     ("config", "advice"),
     [
-        (PoisonConfig(batch_size=96), "poison: out of memory: lower batch_size = 96"),
+        (PoisonConfig(batch_size=96), "poison: out of memory: lower batch_size = 96, or set micro_batch"),
         (ADVERSARY, "adversary: out of memory: lower batch_size = 8, width = 16"),
         (Config(), "other: out of memory: end other programs, or use a larger machine"),
     ],
