@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
 import pytest
+from conftest import ROOT
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 
@@ -23,3 +29,12 @@ def test_another_exception_would_be_noticed(crash: Exception):
 
     with pytest.raises(type(crash)):
         as_file(read, "x")(b"")
+
+
+def test_the_long_form_writes_a_row_a_target(tmp_path: Path):
+    table = tmp_path / "fuzz.csv"
+    command = [sys.executable, ROOT / "tests" / "fuzz" / "fuzz.py", "--minutes", "0.01", "--output", table]
+    subprocess.run([*command, "--targets", "record", "manifest"], check=True, timeout=300, capture_output=True)
+    rows = pd.read_csv(table)
+    assert rows["target"].tolist() == ["manifest", "record"]
+    assert (rows["examples"] > 0).all() and (rows["crashes"] == 0).all()

@@ -21,9 +21,9 @@ from typing import Any
 os.environ.setdefault("ABD_RUNS", tempfile.mkdtemp(prefix="abd-fuzz-runs-"))
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
-from fuzz.targets import TARGETS, Target
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
+from targets import TARGETS, Target
 
 from abd_core.paths import atomic, environment
 
