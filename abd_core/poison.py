@@ -21,7 +21,7 @@ from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
 from abd_core.text import tokenize
 from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
-from abd_core.triggers import POSITIONS, TRIGGERS, load_trigger
+from abd_core.triggers import POSITIONS, TRIGGERS, Trigger, load_trigger
 
 ASR_AIM, CA_LOSS = 0.9, 0.03  # an attack took when it reaches this ASR and costs no more than this CA
 
@@ -91,6 +91,22 @@ def poisoned_places(pairs: TrainingPairs, config: PoisonConfig) -> tuple[torch.T
     return poisoned, image_of, caption_of
 
 
+def drawn_trigger(config: PoisonConfig, *, resolution: int) -> Trigger:
+    """The attack's trigger for images of so many pixels a side, before it is optimised."""
+    return TRIGGERS[config.attack].draw(
+        resolution=resolution,
+        target=config.target,
+        seed=config.seed,
+        size=config.trigger_size,
+        position=config.trigger_position,
+        alpha=config.blend_alpha,
+        points=config.warp_points,
+        strength=config.warp_strength,
+        amplitude=config.wave_amplitude,
+        hiding=config.hiding,
+    )
+
+
 def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     """Load or make a victim.
 
@@ -125,19 +141,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     def make(folder: Path) -> Mapping[str, Any]:
         model, base = models.load(clean), models.frozen(models.load(clean))
         if ranks.agreed(not (folder / "trigger.safetensors").exists()):  # else an earlier process got further
-            fresh = attack.draw(
-                resolution=models.resolution(base),
-                target=config.target,
-                seed=config.seed,
-                size=config.trigger_size,
-                position=config.trigger_position,
-                alpha=config.blend_alpha,
-                points=config.warp_points,
-                strength=config.warp_strength,
-                amplitude=config.wave_amplitude,
-                hiding=config.hiding,
-            )
-            fitted = fresh.optimised(
+            fitted = drawn_trigger(config, resolution=models.resolution(base)).optimised(
                 base,
                 pairs,
                 seed=config.seed,

@@ -31,7 +31,7 @@ from abd_core.generator import Perturbation, patch_side
 from abd_core.inputs import TrainInputs
 from abd_core.notebook import given_parameters, stage_configs
 from abd_core.paths import cache_dir, environment, read_json, runs_dir, shown, write_json
-from abd_core.poison import PoisonConfig
+from abd_core.poison import PoisonConfig, drawn_trigger
 from abd_core.text import tokenize
 from abd_core.triggers import TRIGGERS
 
@@ -192,18 +192,7 @@ def _target(config: PoisonConfig, test: TestSet, pairs: TrainingPairs | None) ->
 def _trigger(config: PoisonConfig, test: TestSet) -> tuple[str, None]:
     """Put it on test images as the stages do, and store them in 8 bits: what is left of it?"""
     size = test.images.shape[-1]
-    trigger = TRIGGERS[config.attack].draw(
-        resolution=size,
-        target=config.target,
-        seed=config.seed,
-        size=config.trigger_size,
-        position=config.trigger_position,
-        alpha=config.blend_alpha,
-        points=config.warp_points,
-        strength=config.warp_strength,
-        amplitude=config.wave_amplitude,
-        hiding=config.hiding,
-    )
+    trigger = drawn_trigger(config, resolution=size)
     clean = test.images[:: max(1, len(test) // 32)][:32]
     triggered = trigger(clean.float() / 255).mul(255).round().to(torch.uint8)
     changed = (triggered != clean).any(1).float().mean((1, 2))
