@@ -107,8 +107,9 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(case: str, precision: 
     ours = with_gradients(called(impl, settings), tensors)
     wanted = with_gradients(lambda *inputs: reference(*inputs, **settings), tensors)
     assert [tensor.dtype for tensor in ours[1:]] == [tensor.dtype for tensor in tensors] and ours[0].shape == ()
-    # One pair has no gradient: rounding is what is left of the difference of two logits, which are of the scale's size.
-    assert_close(ours, wanted, TOLERANCE[dtype], floor=tensors[2].item() if case == "one pair" else 1e-3)
+    # One pair has no gradient. A GPU, which fuses products and sums, leaves the rounding of logits of the scale's size.
+    rounded = case == "one pair" and DEVICE == "cuda"
+    assert_close(ours, wanted, TOLERANCE[dtype], floor=tensors[2].item() if rounded else 1e-3)
 
 
 @pytest.mark.parametrize("case", CASES)
