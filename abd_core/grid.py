@@ -131,7 +131,7 @@ PAPER = ("BadNet", "Blended", "BadCLIP")
 RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
 GRIDS: dict[str, Grid] = {
     "table1": Grid(PAPER, RIVALS, range(5)),
-    "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(3)),  # Tables II and III
+    "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(5)),  # Tables II and III
     "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
     "places": Grid(
         ("BadNet", "BadNet, bottom right"),

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from abd_core import escape
 from abd_core.evaluate import Rate
-from abd_core.results import METRICS, VICTIM, front, means, shown_difference
+from abd_core.results import METRICS, VICTIM, front, means, replication, shown_difference
 
 
 def style() -> None:
@@ -160,7 +160,7 @@ def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
 
 def _timed(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
     """A row a timed run: `attack`, `defence`, `seed`, `seconds` and `machine` (device and threads)."""
-    runs = results[results["defence"].isin(list(defences))].drop_duplicates(["attack", "defence", "seed"])
+    runs = results[results["defence"].isin(list(defences))].drop_duplicates(["attack", "defence", "seed", "device"])
     threads = runs["versions"].str.extract(r"(, \d+ threads?)", expand=False)
     return runs.assign(machine=runs["device"] + threads.fillna("")).dropna(subset="seconds")
 
@@ -174,6 +174,20 @@ def cost_table(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
     """Wall time of a run in seconds: median, extremes and number of runs; a row a defence and machine."""
     times = _timed(results, defences).groupby(["defence", "machine"], sort=False)["seconds"]
     return times.agg(median="median", fastest="min", slowest="max", runs="size").round(1)
+
+
+def replication_table(results: pd.DataFrame, again: pd.DataFrame) -> pd.DataFrame:
+    """`results.replication` in points; a row an attack and metric."""
+    found = replication(results, again).reset_index()
+    points = {
+        "runs made twice": found["runs"],
+        "mean difference": [f"{100 * value:+.1f}" for value in found["bias"]],
+        "two machines, one seed": [f"{100 * value:.1f}" for value in found["machines"]],
+        "two seeds, one machine": [f"{100 * value:.1f}" for value in found["seeds"]],
+    }
+    return pd.DataFrame({"attack": found["attack"], "metric": found["metric"].map(METRICS), **points}).set_index(
+        ["attack", "metric"]
+    )
 
 
 def _colours(labels: Sequence[str]) -> dict[str, Any]:

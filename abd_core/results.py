@@ -277,6 +277,40 @@ def differences(
     return table.assign(side=sides, verdict=np.where(table["paper"].isna(), "", verdicts))
 
 
+def replication(
+    results: pd.DataFrame, again: pd.DataFrame, metrics: Iterable[str] = ("ca_top1", "asr")
+) -> pd.DataFrame:
+    """How far two runs of a cell lie apart: of one seed on two machines, and of two seeds on one machine.
+
+    The draws of a seed are the same on all machines; rounding is not. What two machines differ by is what a seed's
+    figures are worth to the last digit, and what two seeds differ by is all that a seed draws besides.
+
+    Args:
+        results: rows of one split, as `read_results` gives them.
+        again: rows of the same cells from another machine; others are left out.
+
+    Returns:
+        a row an attack and metric, index (attack, metric); columns `runs` (how many were made twice), and in shares
+        `bias` (mean of `again` minus `results`), `machines` and `seeds` (root mean square difference of two runs, over
+        all defences; NaN where there is no second run).
+
+    Raises:
+        ValueError: a seed is there twice.
+    """
+    _refuse_repeated_seeds(results)
+    _refuse_repeated_seeds(again)
+    cell = ["attack", "metric", "defence"]
+    both = results[results["metric"].isin(list(metrics))].merge(again, on=[*cell, "seed"], suffixes=("", "_again"))
+    both["bias"] = both["value_again"] - both["value"]
+    both["machines"] = both["bias"] ** 2
+    spread = results.merge(both[cell].drop_duplicates(), on=cell).groupby(cell, sort=False)["value"].var() * 2
+    by_cell = both.groupby(["attack", "metric"], sort=False)
+    table = by_cell.agg(runs=("bias", "size"), bias=("bias", "mean"), machines=("machines", "mean"))
+    table["seeds"] = spread.groupby(["attack", "metric"]).mean()
+    table[["machines", "seeds"]] **= 0.5
+    return table
+
+
 def shown_difference(row: Any) -> str:
     """A row of `differences` in points: `-8.7 [-12.0, -5.4]`, or without an interval where there is none."""
     interval = f" [{100 * row.ci_low:+.1f}, {100 * row.ci_high:+.1f}]" if row.seeds > 1 else ""

@@ -41,10 +41,11 @@ grid = everything[everything["split"] == config.split]
 
 # %%
 import pandas as pd
-from IPython.display import Markdown
+from IPython.display import Markdown, display
 
 from abd_core import plots
 from abd_core.defences import DEFENCES
+from abd_core.paths import data_dir
 from abd_core.poison import ASR_AIM, PoisonConfig
 from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, means, spoken
 
@@ -76,6 +77,22 @@ plots.table(grid, in_paper, defences)
 plots.single_runs(grid, in_paper, defences)
 
 # %% [markdown]
+# ## The same seeds on another machine
+#
+# The rows above are of one machine. The cells of some seeds were made on another one as well, `data/results/replication.csv`: by the same
+# code and with the same draws, but with other rounding, which training amplifies. The table shows how far two runs lie apart, as root mean
+# square over all defences, in points. What two machines differ by at one seed is the noise that no seed fixes; an effect that is not larger
+# is none. Two seeds differ by that and by everything that a seed draws.
+
+# %%
+again = read_results(data_dir() / "results" / "replication.csv")
+again = again[again["split"] == config.split]
+display(pd.concat([grid, again]).groupby("device").agg(runs=("run_id", "nunique"), seeds=("seed", "nunique")))
+plots.replication_table(grid, again)
+
+# %% [markdown]
+# ## Are the backdoors there?
+#
 # A defence can only be judged by a backdoor that is there. The attacks, by the ASR of their victims:
 
 # %%
@@ -162,7 +179,8 @@ plots.matrix(grid, defences, [*in_paper, *beyond], title="ASR, mean ± half the 
 #
 # The first table is what the code of each defence asks for. The times are wall times of one run of the defence (for *none*: of the
 # attacker's fine-tuning); what ABD's search for its perturbation takes (chapter 2) comes on top. The runs of a grid share the machine with one
-# another and with whatever else it does, so these times are rather too long, and unevenly; chapter 7 has steps that were timed side by side.
+# another and with whatever else it does (on the GPU, sixteen at a time), so these times are rather too long, and unevenly; chapter 7 has
+# steps that were timed side by side.
 
 # %%
 kinds = {kind.title: kind for kind in DEFENCES.values() if kind.title in defences}
@@ -178,10 +196,10 @@ pd.DataFrame(
 ).T
 
 # %%
-plots.cost_table(grid, defences)
+plots.cost_table(pd.concat([grid, again]), defences)
 
 # %% mystnb={"figure": {"caption": "Wall time of single runs. The paper names 14 A100-hours for its defence."}, "image": {"alt": "Dots of wall times on a logarithmic axis, a row a defence"}}
-plots.costs(grid, defences, title="Wall time of one run");
+plots.costs(pd.concat([grid, again]), defences, title="Wall time of one run");
 
 # %% [markdown]
 # ## Where we agree with the paper and where not

@@ -194,10 +194,18 @@ def test_test_views_repeat_and_differ_from_each_other(split: str):
     assert len(torch.unique(test.images.flatten(1), dim=0)) == len(test)
 
 
-def test_the_identity_of_a_test_set_depends_on_its_images_and_labels():
+def test_the_identity_of_a_test_set_depends_on_its_split_and_views():
     one, two = data.load_test_set("eval", views=1), data.load_test_set("eval", views=2)
     other = data.load_test_set("dev", views=1)
     assert len({one.digest, two.digest, other.digest}) == 3
+
+
+def test_the_identity_of_an_embedded_test_set_survives_another_machines_rounding(monkeypatch):
+    here = data.load_test_set("eval", views=1)
+    art = data.artwork(data.TEST_VENDORS["eval"])
+    monkeypatch.setattr(data, "artwork", lambda vendor: torch.where(art < 255, art + 1, art))
+    there = data.load_test_set.__wrapped__("eval", views=1)
+    assert not torch.equal(there.images, here.images) and there.digest == here.digest
 
 
 @pytest.mark.parametrize("split", ["test", "Eval", ""])

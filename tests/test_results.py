@@ -32,6 +32,7 @@ from abd_core.results import (
     pareto,
     read_benchmarks,
     read_results,
+    replication,
 )
 
 PAPER = {  # attack -> defence -> (CA, ASR); stand-ins for the paper's
@@ -369,6 +370,8 @@ def test_times_are_medians_over_the_runs_that_have_one_by_machine(grid: pd.DataF
         row = shown.loc[("ABD", f"{machine}, 2 threads")]
         assert row["runs"] == runs.notna().sum() < len(runs)
         assert row["median"] == round(np.nanmedian(runs), 1) and row["slowest"] == np.nanmax(runs)
+    twice = plots.cost_table(pd.concat([grid, grid.assign(device="another")]), ["ABD"])
+    assert len(twice) == 2 and twice["runs"].nunique() == 1
 
 
 def test_the_plane_draws_means_the_paper_and_the_front_of_the_rivals(grid: pd.DataFrame):
@@ -392,6 +395,26 @@ def test_the_matrix_writes_each_mean_with_its_interval(grid: pd.DataFrame):
         half = stats.t.ppf(0.975, 2) * stats.sem(shares) if len(shares) == 3 else None
         expected.append(f"{np.mean(shares):.0f}" + ("" if half is None else f" ± {half:.0f}"))
     assert written == expected
+
+
+def test_replication_compares_machines_by_seed_and_seeds_by_machine(grid: pd.DataFrame):
+    again = grid[grid["attack"].isin(["BadNet", "WaNet"]) & grid["seed"].lt(2)]
+    noise = np.random.default_rng(5).normal(0, 0.05, len(again))
+    again = again.assign(value=again["value"] + noise)[::-1]
+    found = replication(grid, again)
+    assert set(found.index) == set(itertools.product(["BadNet", "WaNet"], ["ca_top1", "asr"]))
+    for (attack, metric), row in found.iterrows():
+        moved, apart = [], []
+        for defence in grid["defence"].unique():
+            here, there = values(grid, attack, defence, metric), values(again, attack, defence, metric)
+            moved += list((there - here).dropna())
+            pairs = [(a - b) ** 2 for a, b in itertools.combinations(here, 2)]
+            apart += [np.mean(pairs)] if pairs and len(there) else []
+        assert row["runs"] == len(moved)
+        assert row["bias"] == pytest.approx(np.mean(moved))
+        assert row["machines"] == pytest.approx(np.sqrt(np.mean(np.square(moved))))
+        assert row["seeds"] == pytest.approx(np.sqrt(np.mean(apart)))
+    assert plots.replication_table(grid, again[:0]).empty
 
 
 def test_the_forest_has_a_row_a_rival_and_its_points_are_the_differences(grid: pd.DataFrame):
