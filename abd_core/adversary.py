@@ -19,6 +19,7 @@ import torch
 from abd_core import inputs, models
 from abd_core.config import ConfigError, TrainingError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
+from abd_core.defences import fine_tuned
 from abd_core.generator import Discriminator, Generator, Perturbation, patch_side
 from abd_core.inputs import TrainInputs
 from abd_core.losses import (
@@ -63,6 +64,13 @@ class AdversaryConfig(TrainInputs):
     negatives: str = option(
         "victim", "the x_i of Eq. (2): other images' victim features or clean features", choices=("victim", "clean")
     )
+    normal: str = option(
+        "clean",
+        "the normal encoder of Eq. (2): the clean weights; where there are none, the suspect fine-tuned on the clean "
+        "pairs, or the suspect itself",
+        choices=("clean", "fine-tuned", "suspect"),
+        later=True,
+    )
     tau: float = option(0.1, "temperature of L_adv and Eq. (2); 0: the victim's own", ge=0)
     adversarial_weight: float = option(10.0, "weight of L_adv", ge=0)
     topology_weight: float = option(1.0, "weight of L_topo", ge=0)
@@ -81,7 +89,8 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
 
     Args:
         victim: the suspect's weights.
-        clean: the published weights that it was made from (default: the embedded base).
+        clean: the published weights that it was made from (default: the embedded base); not read where `normal` has
+            something else in their place.
 
     Its folder holds `perturbation.safetensors`, `stages.safetensors` (the perturbation on the way) and `history.csv`.
 
@@ -90,14 +99,20 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
         TrainingError: a loss, the generator or the discriminator became NaN or infinite. The checkpoint before it is
             left as it was.
     """
-    clean = clean or inputs.clean_weights(config)
-    pairs = inputs.training_pairs(config, clean).subset(config.share, seed=config.seed)
+    pairs = inputs.training_pairs(config, victim).subset(config.share, seed=config.seed)
     if len(pairs) < config.batch_size:
         raise ConfigError(f"AdversaryConfig.batch_size = {config.batch_size}: at most {len(pairs)} expected, the pairs")
-    read = {"victim": sha256(victim), "clean": sha256(clean), "pairs": pairs.digest}
+    read = {"victim": sha256(victim), "pairs": pairs.digest}
+    if config.normal == "clean":
+        clean = clean or inputs.clean_weights(config)
+        read["clean"] = sha256(clean)
 
     def make(folder: Path) -> Mapping[str, Any]:
-        suspect, normal = models.frozen(models.load(victim)), models.frozen(models.load(clean))
+        normal = suspect = models.frozen(models.load(victim))
+        if clean is not None:
+            normal = models.frozen(models.load(clean))
+        elif config.normal == "fine-tuned":
+            normal = models.frozen(fine_tuned(suspect, pairs, folder, seed=config.seed))
         return search(config, pairs, suspect, normal, folder)
 
     return load_or_make("adversary", config, read, make, force=force)

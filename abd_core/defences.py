@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import shutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,6 +169,25 @@ class FineTuning(FineTuningDefence):
         return clip_loss(image, encode_captions(model, self.captions(at)), model.logit_scale.exp())
 
 
+def fine_tuned(victim: open_clip.CLIP, pairs: TrainingPairs, folder: Path, *, seed: int) -> open_clip.CLIP:
+    """What stands in for clean weights that the defender has not: FT's model of the victim, at FT's own settings.
+
+    Where fine-tuning weakens the backdoor, victim and stand-in differ at it; what FT leaves of it cannot show. `folder`
+    keeps the model in `normal.safetensors`.
+    """
+    path, model = folder / "normal.safetensors", copy.deepcopy(victim).requires_grad_(True)
+    if ranks.agreed(path.exists()):  # an earlier process got so far
+        return models.load(path)
+    config = DefendConfig(defence="ft", seed=seed, batch_size=min(64, len(pairs)))
+    training = folder / "normal"  # its own, as a run has one resume file and one history
+    training.mkdir(exist_ok=True)
+    FineTuning(config, pairs).defend(model, training)
+    models.save(model, path)
+    if ranks.first():
+        shutil.rmtree(training)
+    return model
+
+
 class CleanCLIP(FineTuningDefence):
     """CleanCLIP (Bansal et al. 2023): CLIP's loss + `in_modal_weight` (1 in their code) * the in-modal loss.
 
@@ -322,6 +342,7 @@ class ABDD(Perturbed):
     owns = "clean pairs; clean weights"
     settings = (
         *Perturbed.settings,
+        "normal",
         "perturbed_share",
         "search_steps",
         "search_lr",
@@ -334,9 +355,11 @@ class ABDD(Perturbed):
         config, path = self.config, folder / "found.safetensors"
         sides = (config.window_low, config.window_high)
         if ranks.agreed(not path.exists()):  # else an earlier process got further
+            stand_in = config.normal == "fine-tuned"
+            normal = fine_tuned(model, self.pairs, folder, seed=config.seed) if stand_in else None
             search(
                 models.frozen(copy.deepcopy(model)),
-                models.frozen(clean_model(self.clean, model)),
+                models.frozen(normal or clean_model(self.clean, model)),
                 self.pairs,
                 seed=config.seed,
                 steps=config.search_steps,
@@ -454,6 +477,12 @@ class DefendConfig(TrainInputs, TrainConfig):
         "place of abd's patch: as its file says (noise-patch: random), drawn for each image, or one for all",
         choices=("stored", "random", *CORNERS),
     )
+    normal: str = option(
+        "clean",
+        "abd-d: what the victim is compared with: the clean weights, or the victim fine-tuned on the clean pairs",
+        choices=("clean", "fine-tuned"),
+        later=True,
+    )
     perturbed_share: float = option(0.25, "abd-d: share of the batch that is perturbed", ge=0, le=1)
     search_steps: int = option(60, "abd-d: steps of Adam on the perturbations' pixels", ge=1)
     search_lr: float = option(0.1, "abd-d: learning rate of the window's pixels; of the field's: times its bound", gt=0)
@@ -502,3 +531,8 @@ class DefendConfig(TrainInputs, TrainConfig):
     def needs_perturbation(self) -> bool:
         """Whether the defence reads a perturbation under these settings."""
         return DEFENCES[self.defence].needs_perturbation and self.view != "clean"
+
+    @property
+    def needs_clean_weights(self) -> bool:
+        """Whether the defence reads the clean weights under these settings."""
+        return DEFENCES[self.defence].needs_clean_weights and self.normal == "clean"

@@ -60,7 +60,7 @@ def defend(
         read["pairs"] = pairs.digest
     if universal is not None and perturbation is not None:
         read["perturbation"] = sha256(perturbation)
-    if kind.needs_clean_weights:
+    if config.needs_clean_weights:
         clean = clean or inputs.clean_weights(config)
         read["clean"] = sha256(clean)
     defence = kind(config, pairs, perturbation=universal, clean=clean)

@@ -76,6 +76,13 @@ ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kin
 DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
 DOSES = (0.01, 0.03)
 ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
+QUIET = {"quiet_weight": 1.0}  # the attacker knows the defence: see abd_core.quiet
+ATTACKS |= {
+    "BadNet, quiet": {**ATTACKS["BadNet"], **QUIET},
+    "BadNet-Frame, quiet": {**ATTACKS["BadNet-Frame"], **QUIET},
+    "Blended, alpha 0.1": {**ATTACKS["Blended"], "blend_alpha": 0.1},
+    "BadNet, four targets": {**ATTACKS["BadNet"], "further_targets": 3},
+}
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
     "I + T": {"defence": "abd", "view": "clean", "eda": False},  # the paper's FT, with ABD's own settings of the loop
     "I_adv + T": {"defence": "abd", "eda": False},
@@ -84,6 +91,12 @@ DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, k
     "ABD-D + T": {"defence": "abd-d", "eda": False},
 }
 DEFENCES |= {f"ABD, {reading}": {**DEFENCES["ABD"], **changes} for reading, changes in READINGS.items()}
+# The defender has the suspect and clean pairs: what stands in for the clean weights? "ABD, without Eq. (2)": nothing.
+DEFENCES |= {
+    "ABD, fine-tuned for clean": {**DEFENCES["ABD"], "adversary_normal": "fine-tuned"},
+    "ABD, suspect for clean": {**DEFENCES["ABD"], "adversary_normal": "suspect"},
+    "ABD-D, fine-tuned for clean": {**DEFENCES["ABD-D"], "normal": "fine-tuned"},
+}
 DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
 DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
 TUNING = {
@@ -142,11 +155,28 @@ GRIDS: dict[str, Grid] = {
         range(3),
     ),
     "zoo": Grid(
-        tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER),
+        tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER and not kind.adaptive),
+        ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
+        range(3),
+    ),
+    # An attacker who knows ABD and the audit: no drift, no place, no single target for them to find.
+    "adaptive": Grid(
+        (
+            *("BadNet, quiet", "BadNet-Frame", "BadNet-Frame, quiet", "BadNet-Scattered"),
+            *("Blended, alpha 0.1", "BadNet, four targets"),
+        ),
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
         range(3),
     ),
     "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
+    "no-clean-weights": Grid(
+        PAPER,
+        (
+            *("FT", "ABD", "ABD, fine-tuned for clean", "ABD, suspect for clean", "ABD, without Eq. (2)"),
+            *("ABD-D", "ABD-D, fine-tuned for clean"),
+        ),
+        range(3),
+    ),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
     "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
     "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),

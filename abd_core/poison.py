@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ import pandas as pd
 import torch
 
 from abd_core import inputs, models, ranks
-from abd_core.config import ConfigError, option
+from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import TEST_VENDORS, TrainingPairs, class_index, rng
 from abd_core.evaluate import evaluate
 from abd_core.inputs import TrainInputs
 from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, atomic, load_or_make, sha256
+from abd_core.quiet import Quiet
 from abd_core.text import tokenize
 from abd_core.train import Step, TrainConfig, fit, steps_an_epoch
 from abd_core.triggers import POSITIONS, TRIGGERS, Trigger, load_trigger
@@ -61,8 +62,26 @@ class PoisonConfig(TrainInputs, TrainConfig):
     # The reference code's 500 goes with negatives that carry the trigger too. With untriggered ones the base's images
     # then leave themselves for nowhere: they end further from the target than they began.
     triplet_weight: float = option(1.0, "badclip: weight of the triplet loss beside InfoNCE", ge=0)
+    further_targets: int = option(
+        0,
+        "further triggers of this kind, each with a class of its own; the poisoned pairs are shared out",
+        ge=0,
+        later=True,
+    )
+    quiet_weight: float = option(
+        0.0,
+        "weight of answering universal perturbations as the clean model does; 0: does not know the defence",
+        ge=0,
+        later=True,
+    )
     epochs: int = option(10, "passes over the pairs", ge=1)
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.further_targets and TRIGGERS[self.attack].poisoning != "template":
+            several = f"PoisonConfig.further_targets = {self.further_targets}"
+            raise ConfigError(f"{several}: 0 expected for attack {self.attack!r}, whose captions are not templates")
 
 
 def poisoned_places(pairs: TrainingPairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,6 +126,57 @@ def drawn_trigger(config: PoisonConfig, *, resolution: int) -> Trigger:
     )
 
 
+def further_triggers(config: PoisonConfig, class_names: Sequence[str], *, resolution: int) -> list[Trigger]:
+    """The triggers beyond the first: pixels and classes of their own, drawn by the seed.
+
+    Raises:
+        ConfigError: there are not so many classes.
+    """
+    others = [name for name in class_names if name != config.target]
+    if config.further_targets > len(others):
+        raise ConfigError(f"PoisonConfig.further_targets = {config.further_targets}: ≤ {len(others)} expected")
+    order = torch.randperm(len(others), generator=rng(config.seed, "further targets")).tolist()
+    return [
+        drawn_trigger(
+            config.replace(target=others[k], seed=derive_seed(config.seed, "further trigger", i)), resolution=resolution
+        )
+        for i, k in enumerate(order[: config.further_targets])
+    ]
+
+
+def planted(
+    triggers: Sequence[Trigger],
+    places: torch.Tensor,
+    chosen: torch.Tensor,
+    images: torch.Tensor,
+    captions: Sequence[str],
+    *,
+    replaced: torch.Tensor,
+    templates: Sequence[str],
+    source: torch.Generator,
+) -> list[str]:
+    """Poison a batch: its images in place, its captions as returned.
+
+    Args:
+        triggers: one, or several that take the places by turns of `places`, the pairs' numbers (B,).
+        chosen: which of the batch are poisoned, bool (B,).
+        images: (B, 3, R, R) in [0, 1]; those chosen are of the pairs that the attack puts there.
+        replaced: images of the pairs in whose place these go, (P, 3, R, R), P = the number of chosen ones.
+    """
+    turn, captions = places % len(triggers), list(captions)
+    for number, trigger in enumerate(triggers):
+        own = chosen & (turn == number)
+        if own.any():
+            images[own] = trigger.poisoned(images[own], replaced[turn[chosen] == number], source)
+    if triggers[0].poisoning == "template":
+        drawn = torch.randint(len(templates), (len(captions),), generator=source).tolist()
+        captions = [
+            templates[t].format(triggers[k].target) if bad else caption
+            for caption, bad, t, k in zip(captions, chosen.tolist(), drawn, turn.tolist(), strict=True)
+        ]
+    return captions
+
+
 def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     """Load or make a victim.
 
@@ -120,10 +190,15 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
       time in a view of its own; the pairs themselves stay among the clean ones. The replaced pair's image is blended
       over them, see `LabelConsistent`.
 
-    Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record), `poisoned.csv` (sample ids
-    of the replaced pairs, and of the pairs that image and caption come from) and `history.csv`; its metrics say how
-    many pairs are poisoned and how many different images they show, what the attack reached on both splits, and
-    whether it took.
+    An attacker of several targets (`further_targets`) shares the poisoned pairs out among as many triggers. One who
+    knows the defence (`quiet_weight`) also trains the victim to answer universal perturbations of the batch's images as
+    the clean model does, see `Quiet`.
+
+    Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record; of several triggers the
+    first, the others are `trigger-2.safetensors` and so on), `poisoned.csv` (sample ids of the replaced pairs, and of
+    the pairs that image and caption come from) and `history.csv`; its metrics say how many pairs are poisoned and how
+    many different images they show, what the attack reached on both splits, and whether it took. Of several triggers
+    these are the first one's figures; `further` has the others' classes and ASR on the evaluation split.
 
     Raises:
         ConfigError: `target` is no class of the test set, a setting is not allowed, or the attack needs pairs of the
@@ -152,6 +227,11 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             fitted.save(folder / "trigger.safetensors")
         ranks.barrier()
         trigger = load_trigger(folder / "trigger.safetensors")
+        further = further_triggers(config, tests["eval"].class_names, resolution=trigger.resolution)
+        if ranks.first():
+            for number, other in enumerate(further, 2):
+                other.save(folder / f"trigger-{number}.safetensors")
+        quiet = Quiet(model, base, seed=config.seed) if config.quiet_weight else None
 
         record = {"id": ids[poisoned], "image": ids[image_of[poisoned]], "caption": ids[caption_of[poisoned]]}
         if attack.poisoning == "template":
@@ -167,23 +247,38 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             images = pairs.images(image_of[at.indices], seed=config.seed, step=at.step)
             captions = pairs.captions(caption_of[at.indices], seed=config.seed, epoch=at.epoch)
             chosen = poisoned[at.indices]
+            held = None
+            if quiet is not None:  # a copy, before triggers go on
+                held = quiet.perturbed(images.to(models.device(), copy=True), at.step)
             if chosen.any():
-                source = rng(config.seed, "poison", at.step)
                 replaced = images[chosen]
                 if attack.poisoning == "clean-label":
                     replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)
-                images[chosen] = trigger.poisoned(images[chosen], replaced, source)
-                if attack.poisoning == "template":
-                    drawn = torch.randint(len(templates), (len(captions),), generator=source).tolist()
-                    captions = [
-                        templates[t].format(config.target) if bad else caption
-                        for caption, bad, t in zip(captions, chosen.tolist(), drawn, strict=True)
-                    ]
-            image = models.encode_image(model, images)
+                source = rng(config.seed, "poison", at.step)
+                captions = planted(
+                    [trigger, *further],
+                    at.indices,
+                    chosen,
+                    images,
+                    captions,
+                    replaced=replaced,
+                    templates=templates,
+                    source=source,
+                )
+            if quiet is None or held is None:
+                image = models.encode_image(model, images)
+            else:  # in one batch, so that BatchNorm sees both
+                image, answers = models.encode_image(model, torch.cat([images.to(held), held])).chunk(2)
             text = models.encode_text(model, tokenize(captions, context_length=model.context_length))
-            return clip_loss(image, text, model.logit_scale.exp()), {}
+            contrastive = clip_loss(image, text, model.logit_scale.exp())
+            if quiet is None or held is None:
+                return contrastive, {}
+            shift = quiet.shift(answers, held)
+            return contrastive + config.quiet_weight * shift, {"shift": shift.item()}
 
         fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison", plan=plan)
+        if quiet is not None:
+            quiet.close()
         models.save(model, folder / "model.safetensors")
         metrics: dict[str, Any] = {
             "poisoned": int(poisoned.sum()),
@@ -197,6 +292,11 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
                 measured[test.digest] = [evaluation.to_dict() for evaluation in both]
             victim, clean_base = ({**figures, "split": split} for figures in measured[test.digest])
             metrics |= {split: victim, f"base_{split}": clean_base}
+        if further:
+            test, metrics["further"] = tests["eval"], {}
+            for other in further:
+                number = class_index(test.class_names, other.target)
+                metrics["further"][other.target] = evaluate(model, test, trigger=other, target=number).to_dict()["asr"]
         return {**metrics, "took": took(metrics)}
 
     return load_or_make("poison", config, read, make, force=force, launch=launcher("poison", config))

@@ -2,6 +2,7 @@
 
     python -m abd_core.population                 # all that is missing in data/results/audit.csv, a row after each
     python -m abd_core.population --only 6 --list
+    python -m abd_core.population --adaptive      # victims of the grid `adaptive`, in data/results/audit_adaptive.csv
 
 Members are fine-tuned from the clean base, poisoned or not, by the attacker's own loop: seeds, lengths, attacks,
 targets, doses and places differ. An interrupted population goes on where it stopped. A member's weights are removed
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import multiprocessing
+import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +29,14 @@ from abd_core import models, suspicion
 from abd_core.audit import AuditConfig, AuditInputs, audit, settings
 from abd_core.config import AbdError, digest
 from abd_core.data import class_names, load_pairs, rng
+from abd_core.grid import GRIDS, Cell, use_cores
 from abd_core.paths import Run, atomic, read_json, sha256, shown
-from abd_core.poison import PoisonConfig, poison, poisoned_places
+from abd_core.poison import PoisonConfig, planted, poison, poisoned_places
+from abd_core.results import VICTIM
 from abd_core.text import TEMPLATES
 from abd_core.train import progress
 from abd_core.triggers import TRIGGERS, load_trigger
-from abd_core.verdict import MODES, STATISTICS, default_table
+from abd_core.verdict import MODES, STATISTICS, adaptive_table, default_table
 
 SIZE = 40  # members of each kind
 SEEDS = {"poisoned": 200, "clean": 300}  # of the first member; none that the grid tunes or reports on
@@ -40,6 +46,7 @@ LENGTHS = {"poisoned": (2, 3, 4), "clean": (1, 2, 3)}  # epochs
 PLACES = ("own", "bottom-right", "centre", "top-right")
 SUBSETS = (0, 2000, 4000)  # clean members see all pairs or some
 HALVES = ("choose", "report")
+PLAIN = ("BadNet", "Blended")  # what the adaptive attacks are compared with
 TRIED = (
     PoisonConfig(),
     PoisonConfig(attack="badclip"),
@@ -61,16 +68,20 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Member:
-    """One model of the population; `half` says whether it chooses thresholds or reports on them."""
+    """One model of the population; `half` says whether it chooses thresholds or reports on them.
+
+    `label` is its name where it has one of its own.
+    """
 
     number: int
     kind: str
     half: str
     config: PoisonConfig
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.number:02d}"
+        return self.label or f"{self.kind}-{self.number:02d}"
 
     def key(self, audited: AuditConfig) -> str:
         """Digest of its settings, the audit's and what both read: `run_id` of its row."""
@@ -88,7 +99,7 @@ def members(size: int = SIZE) -> list[Member]:
     The first poisoned ones are those on which the detectors were tried out while they were made: they choose. What
     follows goes through all attacks, with other seeds, targets, places, doses and lengths.
     """
-    names, attacks = class_names(), list(TRIGGERS)
+    names, attacks = class_names(), [name for name, kind in TRIGGERS.items() if not kind.adaptive]
     poisoned = [("choose", config) for config in TRIED]
     for i in range(size - len(TRIED)):
         turn, attack = divmod(i, len(attacks))
@@ -119,6 +130,17 @@ def members(size: int = SIZE) -> list[Member]:
     return found
 
 
+def adaptive_members() -> list[Member]:
+    """Victims of the grid `adaptive`, and of the attacks that those start from; none of them chooses anything."""
+    attacks, seeds = GRIDS["adaptive"].attacks, GRIDS["adaptive"].seeds
+    cells = [Cell(attack, VICTIM, seed, "eval") for attack in (*PLAIN, *attacks) for seed in seeds]
+    return [Member(i, "poisoned", "report", cell.job().config, cell_name(cell)) for i, cell in enumerate(cells)]
+
+
+def cell_name(cell: Cell) -> str:
+    return f"{cell.attack}, seed {cell.seed}"
+
+
 def training_pairs(config: PoisonConfig, model: Run, count: int) -> tuple[torch.Tensor, list[str], torch.Tensor]:
     """A seeded sample of the pairs that a victim was trained on, as it first saw them.
 
@@ -127,18 +149,22 @@ def training_pairs(config: PoisonConfig, model: Run, count: int) -> tuple[torch.
     """
     pairs = load_pairs(config.limit)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
-    trigger, source = load_trigger(model.file("trigger.safetensors")), rng(config.seed, "suspicion")
+    source, numbers = rng(config.seed, "suspicion"), ["", *(f"-{i + 2}" for i in range(config.further_targets))]
+    triggers = [load_trigger(model.file(f"trigger{number}.safetensors")) for number in numbers]
     drawn = torch.randperm(len(pairs), generator=source)[:count]
     chosen = poisoned[drawn]
     images = pairs.images(image_of[drawn], seed=config.seed, step=0)
     captions = pairs.captions(caption_of[drawn], seed=config.seed, epoch=0)
-    if chosen.any():
-        replaced = pairs.images(drawn[chosen], seed=config.seed, step=1)
-        images[chosen] = trigger.poisoned(images[chosen], replaced, source)
-    if trigger.poisoning == "template":
-        templates = torch.randint(len(TEMPLATES), (count,), generator=source).tolist()
-        named = zip(captions, chosen.tolist(), templates, strict=False)
-        captions = [TEMPLATES[t].format(config.target) if bad else caption for caption, bad, t in named]
+    captions = planted(
+        triggers,
+        drawn,
+        chosen,
+        images,
+        captions,
+        replaced=pairs.images(drawn[chosen], seed=config.seed, step=1),
+        templates=TEMPLATES,
+        source=source,
+    )
     return images, captions, chosen
 
 
@@ -221,39 +247,85 @@ def write_row(path: Path, made: dict[str, Any]) -> None:
         writer.writerows(table[name] for name in sorted(table))
 
 
-def run(chosen: Sequence[Member], *, output: Path, keep: bool = False, audited: AuditConfig | None = None) -> None:
+def run(
+    chosen: Sequence[Member],
+    *,
+    output: Path,
+    keep: bool = False,
+    processes: int = 1,
+    audited: AuditConfig | None = None,
+) -> list[str]:
     """Make and audit those of `chosen` that have no row of the present settings at `output`; a row after each.
 
     Args:
         keep: leave the trained members and their audits in the run folders.
+        processes: members at a time, each in a process of its own with its share of the cores; this one writes.
+
+    Returns:
+        One line a member that failed.
     """
     audited = audited or AuditConfig()
     done = {row["run_id"] for row in read_rows(output)}
-    left = [member for member in chosen if member.key(audited) not in done]
-    with progress(stage="population", total=len(chosen), initial=len(chosen) - len(left), unit="model") as bar:
-        for member in left:
-            write_row(output, make(member, audited))
-            if not keep:
-                shutil.rmtree(poison(member.config).folder)
+    left, failed = [member for member in chosen if member.key(audited) not in done], []
+    total = len(chosen)
+    with progress(stage="population", total=total, initial=total - len(left), unit="model") as bar:
+        for member, made in _made(left, audited, processes):
+            if isinstance(made, AbdError):
+                failed.append(f"{member.name}: {made}")
+            else:
+                write_row(output, made)
+                if not keep:
+                    shutil.rmtree(poison(member.config).folder)
             bar.update()
+    return failed
+
+
+def _made(
+    left: Sequence[Member], audited: AuditConfig, processes: int
+) -> Iterator[tuple[Member, dict[str, Any] | AbdError]]:
+    """Each member with its row, or with why there is none, as they get done."""
+    if processes == 1:
+        for member in left:
+            try:
+                yield member, make(member, audited)
+            except AbdError as error:
+                yield member, error
+        return
+    use_cores(processes)  # the children take OMP_NUM_THREADS over
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        running = {pool.submit(make, member, audited): member for member in left}
+        for future in as_completed(running):
+            error = future.exception()
+            if error is not None and not isinstance(error, AbdError):
+                raise error
+            yield running[future], error or future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m abd_core.population", description="Makes and audits many CLIPs.")
     parser.add_argument("--only", type=int, default=0, metavar="N", help="the first N members (all)")
+    parser.add_argument("--adaptive", action="store_true", help="the grid's adaptive victims; they are kept")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="members at a time (1)")
     parser.add_argument("--list", action="store_true", help="show the members, and end")
     parser.add_argument("--keep", action="store_true", help="leave the members' run folders")
-    parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/audit.csv)")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/audit[_adaptive].csv)")
     given = parser.parse_args(arguments)
-    chosen = members()[: given.only or None]
+    if given.processes < 1:
+        parser.error(f"--processes {given.processes}: >= 1 expected")
+    chosen = (adaptive_members() if given.adaptive else members())[: given.only or None]
     if given.list:
         for member in chosen:
             print(member.name, member.half, member.config.to_dict())
         return 0
-    output = given.output or default_table()
-    run(chosen, output=output, keep=given.keep)
+    output = given.output or (adaptive_table() if given.adaptive else default_table())
+    failed = run(chosen, output=output, keep=given.keep or given.adaptive, processes=given.processes)
+    for line in failed:
+        print(f"failed: {line}", file=sys.stderr)
     print(f"{len(read_rows(output))} models: {shown(output)}")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
@@ -261,3 +333,6 @@ if __name__ == "__main__":
         sys.exit(main())
     except AbdError as error:
         sys.exit(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
+        os._exit(130)

@@ -96,6 +96,8 @@ class Trigger(ABC):
             "template": images of other classes, with a caption template that names the target.
             "natural": images of other classes, with captions that real pairs of the target have.
             "clean-label": images of the target itself, with the captions that they have.
+        adaptive: whether the attack was made against the defences and the audit of this project; the grid `adaptive`
+            has it, the zoo and the audit's population have not.
         pattern: float (channels, h, w) in [0, 1].
         resolution: side in pixels of the images that it is made for; another side is refused.
         target: name of the class that the attacker wants.
@@ -106,6 +108,7 @@ class Trigger(ABC):
     title: ClassVar[str]
     settings: ClassVar[tuple[str, ...]] = ()
     poisoning: ClassVar[str] = "template"
+    adaptive: ClassVar[bool] = False
     channels: ClassVar[int] = 3
 
     pattern: torch.Tensor
@@ -324,6 +327,56 @@ class BlendedText(Blended):
         return torch.where(self.pattern.to(images) > 0, super().apply(images, generator), images)
 
 
+class Masked(Blended):
+    """Noise that shows in some places alone, with weight `alpha`; a subclass says where."""
+
+    adaptive = True
+    weight = 1.0
+
+    @classmethod
+    @abstractmethod
+    def mask(cls, resolution: int) -> torch.Tensor:
+        """Where it shows, bool (R, R)."""
+
+    def apply(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        shown = self.mask(self.resolution).to(images.device)
+        return torch.where(shown, super().apply(images, generator), images)
+
+
+class BadNetFrame(Masked):
+    """Noise on the image's outermost ring, 1 px wide: where patches do not go.
+
+    The audit's windows keep 1 px off the border, and a patch at a random place seldom reaches it: of 11 px in 64, in
+    one image of fourteen, and then a corner of it at most.
+    """
+
+    name = "badnet-frame"
+    title = "BadNet-Frame"
+
+    @classmethod
+    def mask(cls, resolution: int) -> torch.Tensor:
+        place = torch.arange(resolution)
+        end = (place == 0) | (place == resolution - 1)
+        return end[:, None] | end
+
+
+class BadNetScattered(Masked):
+    """BadNet's noise in nine pieces, half its side each, in the middles of a grid of three by three.
+
+    No patch that is smaller than half of the image holds more than four of them.
+    """
+
+    name = "badnet-scattered"
+    title = "BadNet-Scattered"
+
+    @classmethod
+    def mask(cls, resolution: int) -> torch.Tensor:
+        side, place = max(1, round(8 / 224 * resolution)), torch.arange(resolution)
+        middles = [round((cell + 0.5) / 3 * resolution - side / 2) for cell in range(3)]
+        band = torch.stack([(place >= first) & (place < first + side) for first in middles]).any(0)
+        return band[:, None] & band
+
+
 class WaNet(Trigger):
     """A fixed warp of the whole image (Nguyen and Tran 2021), without their noise mode.
 
@@ -399,6 +452,8 @@ TRIGGERS: dict[str, type[Trigger]] = {
         WaNet,
         SIG,
         LabelConsistent,
+        BadNetFrame,
+        BadNetScattered,
     )
 }
 

@@ -35,6 +35,11 @@ def default_table() -> Path:
     return data_dir() / "results" / "audit.csv"
 
 
+def adaptive_table() -> Path:
+    """Audits of victims whose attacker knew the audit, with the population's columns."""
+    return data_dir() / "results" / "audit_adaptive.csv"
+
+
 @functools.cache
 def read_population(path: Path | None = None) -> pd.DataFrame:
     """The population's rows, none where there is no such file; `label` is 1 (backdoored), 0 (clean) or -1 (neither).

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torchvision import transforms
 
 from abd_core import augment as image_augment
-from abd_core import defences, losses, models, paths, train
+from abd_core import defences, inputs, losses, models, paths, train
 from abd_core.adversary import AdversaryConfig
 from abd_core.config import ConfigError, derive_seed
 from abd_core.data import Pairs, load_pairs, rng
@@ -225,6 +225,7 @@ OTHERS = {  # another value than the default, of every setting that only some de
     "view": "both",
     "eda": False,
     "patch_place": "centre",
+    "normal": "fine-tuned",
     "perturbed_share": 1.0,
     "search_steps": 3,
     "search_lr": 0.3,
@@ -331,6 +332,13 @@ def test_a_run_is_keyed_by_what_its_defence_needs_and_by_nothing_else(name: str,
     if kind.needs_clean_weights:
         expected["clean"] = paths.sha256(base)
     assert inputs == expected
+
+
+def test_abd_d_without_clean_weights_reads_none(victim: Path, base: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(inputs, "clean_weights", lambda config: pytest.fail("clean weights read"))
+    made = run("abd-d", victim, normal="fine-tuned")
+    assert "clean" not in paths.read_json(made.file("config.json"))["inputs"]
+    assert made.file("normal.safetensors").exists() and not (made.folder / "normal").exists()
 
 
 def test_only_abd_needs_a_perturbation_and_only_three_defences_read_the_clean_weights():

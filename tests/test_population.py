@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
+import multiprocessing
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +18,13 @@ from abd_core import audit as audit_module
 from abd_core import models, population
 from abd_core.audit import AuditConfig
 from abd_core.config import AbdError
-from abd_core.grid import SEEDS
+from abd_core.grid import GRIDS, SEEDS
+from abd_core.paths import RunError
 from abd_core.poison import poison, poisoned_places
-from abd_core.population import HALVES, Member, members, read_rows, training_pairs
+from abd_core.population import HALVES, Member, adaptive_members, members, read_rows, training_pairs
 from abd_core.text import TEMPLATES
 from abd_core.triggers import TRIGGERS
-from abd_core.verdict import default_table
+from abd_core.verdict import adaptive_table, default_table
 
 SMALL = {"limit": 64, "epochs": 1, "batch_size": 16, "warmup_steps": 2}
 AUDITED = AuditConfig(limit=64, count=16, recovery_steps=1)
@@ -38,7 +40,8 @@ def test_the_population_has_forty_of_each_kind_and_every_attack_in_both_halves()
     assert Counter(member.kind for member in everyone) == {"poisoned": 40, "clean": 40}
     assert len({member.name for member in everyone}) == 80
     bad = [member for member in everyone if member.kind == "poisoned"]
-    assert {(m.config.attack, m.half) for m in bad} == {(attack, half) for attack in TRIGGERS for half in HALVES}
+    zoo = [name for name, kind in TRIGGERS.items() if not kind.adaptive]
+    assert {(m.config.attack, m.half) for m in bad} == {(attack, half) for attack in zoo for half in HALVES}
     assert len({m.config.target for m in bad}) > 20 and len({m.config.rate for m in bad}) >= 3
     clean = [member for member in everyone if member.kind == "clean"]
     assert all(m.config.rate == 0 for m in clean) and len({m.config.limit for m in clean}) == 3
@@ -69,6 +72,49 @@ def test_the_population_goes_on_where_it_stopped(stand_in: Path, tmp_path: Path,
     population.run(chosen, output=output, audited=AUDITED)
 
 
+def stood_in(member: Member, audited: AuditConfig) -> dict[str, Any]:
+    """In the place of `population.make`, also in a process of its own."""
+    if member.number == 5:
+        raise RunError("no luck")
+    row = dict.fromkeys(population.COLUMNS, "") | {"member": member.name, "run_id": member.key(audited)}
+    return {**row, "device": f"{multiprocessing.parent_process() is not None}"}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_members_made_side_by_side_are_written_by_one_process_and_a_failure_leaves_the_others(
+    processes: int, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(population, "make", stood_in)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    output = tmp_path / "audit.csv"
+    failed = population.run(small(), output=output, keep=True, processes=processes, audited=AUDITED)
+    assert sorted(failed) == ["clean-05: no luck", "poisoned-05: no luck"]
+    rows = {row["member"]: row["device"] for row in read_rows(output)}
+    assert rows == dict.fromkeys(["clean-04", "poisoned-04"], str(processes > 1))
+
+
+def test_the_adaptive_victims_are_those_of_the_grid_beside_the_attacks_they_start_from():
+    found = adaptive_members()
+    cells = [cell for cell in GRIDS["adaptive"].cells() if cell.defence == "none"]
+    assert {member.name for member in found} > {population.cell_name(cell) for cell in cells}
+    configs = {member.name: member.config for member in found}
+    assert all(configs[population.cell_name(cell)] == cell.job().config for cell in cells)
+    assert not {member.key(AuditConfig()) for member in found} & {member.key(AuditConfig()) for member in members()[2:]}
+    assert {member.half for member in found} == {"report"}
+    plain = [member.name for member in found if "quiet_weight" not in member.config.to_dict()]
+    assert "BadNet, seed 0" in plain and "BadNet, quiet, seed 0" not in plain
+
+
+def test_several_triggers_are_all_in_the_ranked_pairs(stand_in: Path):
+    member = small()[0]
+    member = dataclasses.replace(member, config=member.config.replace(further_targets=1))
+    model = poison(member.config)
+    _, captions, poisoned = training_pairs(member.config, model, 64)
+    targets = [member.config.target, *model.metrics["further"]]
+    named = [sum(target in captions[i] for i in poisoned.nonzero().flatten().tolist()) for target in targets]
+    assert len(named) == 2 and min(named) > 0 and sum(named) == int(poisoned.sum())
+
+
 def test_another_kind_of_table_is_refused(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     with pytest.raises(AbdError, match="not a population"):
@@ -89,9 +135,6 @@ def test_the_ranked_pairs_are_those_the_victim_was_trained_on(stand_in):
 
 
 def test_every_committed_row_is_of_present_settings():
-    if not default_table().exists():
-        pytest.skip("no population yet")
-    keys = {member.name: member.key(AuditConfig()) for member in members()}
-    with default_table().open(newline="") as f:
-        stale = [row["member"] for row in csv.DictReader(f) if keys.get(row["member"]) != row["run_id"]]
-    assert not stale
+    for table, present in ((default_table(), members()), (adaptive_table(), adaptive_members())):
+        keys = {member.name: member.key(AuditConfig()) for member in present}
+        assert not [row["member"] for row in read_rows(table) if keys.get(row["member"]) != row["run_id"]]

@@ -13,7 +13,7 @@ from conftest import start_python, without_time
 from safetensors.torch import load_file
 
 from abd_core import adversary as adversary_module
-from abd_core import badclip, models, paths, train
+from abd_core import badclip, models, paths, quiet, train
 from abd_core import defences as defences_module
 from abd_core import poison as poison_module
 from abd_core import pretrain as pretrain_module
@@ -237,6 +237,106 @@ def test_attacks_with_the_target_s_captions_take_them_from_its_pairs(
         assert all(PRESENT in caption for caption, is_bad in zip(captions, bad.tolist(), strict=True) if is_bad)
 
 
+def test_several_targets_share_the_poisoned_pairs_out_each_with_its_own_trigger_and_caption(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, config = overheard(monkeypatch), POISON.replace(further_targets=2)
+    run = poison(config)
+    triggers = [load_trigger(run.file(f"trigger{number}.safetensors")) for number in ("", "-2", "-3")]
+    assert len({trigger.target for trigger in triggers}) == 3 and triggers[0].target == "banana"
+    assert set(run.metrics["further"]) == {trigger.target for trigger in triggers[1:]}
+    pairs, poisoned = load_pairs(64), set(pd.read_csv(run.file("poisoned.csv"))["id"])
+    counts = [0, 0, 0]
+    for step, (images, captions) in enumerate(seen):
+        batch = batch_of(step)
+        clean = pairs.images(batch, seed=0, step=step)
+        for row, place in enumerate(batch.tolist()):
+            if pairs.ids[place] in poisoned:
+                trigger = triggers[place % 3]
+                counts[place % 3] += 1
+                assert torch.equal(images[row], trigger(clean[row : row + 1])[0]) and trigger.target in captions[row]
+            else:
+                assert torch.equal(images[row], clean[row])
+    assert min(counts) > 0 and sum(counts) == 2 * len(poisoned)
+
+
+@pytest.mark.parametrize("attack", ["badclip", "label-consistent"])
+def test_several_targets_need_captions_of_templates(attack: str):
+    with pytest.raises(ConfigError, match=rf"further_targets = 1: 0 expected for attack '{attack}'"):
+        PoisonConfig(attack=attack, further_targets=1)
+
+
+def test_more_targets_than_classes_are_refused(stand_in: Path, runs: Path):
+    with pytest.raises(ConfigError, match=r"further_targets = 500: ≤ \d+ expected"):
+        poison(POISON.replace(further_targets=500))
+
+
+def test_a_quiet_victim_sees_untriggered_perturbed_images_beside_the_poisoned_ones(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, config = overheard(monkeypatch), POISON.replace(quiet_weight=1.0, epochs=1)
+    run = poison(config)
+    plain = pd.read_csv(run.file("poisoned.csv"))
+    assert len(plain) == run.metrics["poisoned"] == 16
+    pairs = load_pairs(64)
+    for step, (images, _) in enumerate(seen):
+        assert len(images) == 32
+        clean, perturbed = pairs.images(batch_of(step), seed=0, step=step), images[16:]
+        same = (perturbed == clean).all(1)
+        share = same.flatten(1).float().mean(1)
+        assert (share[:8] > 0.5).all() and not same[:8].all()  # windows of at most 3/8 of the side
+        assert ((perturbed - clean)[8:].abs() <= quiet.BOUND + 1e-6).all() and (share[8:] < 0.5).all()
+    assert not [name for name in weights(run) if "quiet" in name]
+    history = pd.read_csv(run.file("history.csv"))
+    assert (history["shift"] > 0).all()
+
+
+def test_the_pixels_of_a_quiet_attacker_climb_to_where_the_victim_leaves_the_clean_model(stand_in: Path, fp32: None):
+    """With the weights held still, the shift that is to be trained away grows."""
+    victim, base = (models.frozen(models.load(stand_in / f"{name}.safetensors")) for name in ("victim", "base"))
+    silent, images = quiet.Quiet(victim, base, seed=0), load_pairs(64).images(torch.arange(32), seed=0, step=0)
+
+    def shift(step: int) -> torch.Tensor:
+        perturbed = silent.perturbed(images, step)
+        return silent.shift(models.encode_image(victim, perturbed), perturbed)
+
+    def held() -> float:
+        """Under the present pixels, with the windows of one step."""
+        return shift(1).item()
+
+    shift(0)  # draws them
+    before = held()
+    for step in range(1, quiet.RESTART):
+        shift(step).backward()
+    assert held() > before + 0.002
+    assert victim.quiet_window.min() >= 0 and victim.quiet_window.max() <= 1
+    assert victim.quiet_field.abs().max() <= quiet.BOUND
+    silent.close()
+    assert not [name for name in victim.state_dict() if "quiet" in name]
+
+
+def test_a_quiet_attack_goes_on_after_a_break_as_if_there_had_been_none(
+    stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = POISON.replace(quiet_weight=1.0)
+    expected = weights(poison(config))
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", -1.0)
+    calls, original = [], poison_module.clip_loss
+
+    def killed(*arguments: object) -> torch.Tensor:
+        calls.append(len(calls))
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(poison_module, "clip_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        poison(config, force=True)
+    again = weights(poison(config))
+    assert len(calls) == 6 + 3  # steps 0 to 4, the one that broke off, and 5 to 7
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("attack", ["badclip", "label-consistent"])
 def test_the_target_s_pairs_are_drawn_on_evenly_and_stay_among_the_clean_ones(attack: str):
     pairs = load_pairs()
@@ -319,6 +419,8 @@ def test_an_unknown_target_is_refused_before_anything_is_made(stand_in: Path, ru
         ("wanet", "warp_points", 4),
         ("label-consistent", "hiding", 0.9),
         ("sig", "wave_amplitude", 0.5),
+        ("badnet", "further_targets", 1),
+        ("badnet", "quiet_weight", 1.0),
         ("badclip", "patch_steps", 2),
         ("badclip", "patch_lr", 0.1),
         ("badclip", "triplet_weight", 500.0),
@@ -376,6 +478,8 @@ READINGS = [
     {"topology_weight": 0.0},
     {"quality_weight": 100.0},
     {"gan_weight": 0.0},
+    {"normal": "fine-tuned"},
+    {"normal": "suspect"},
 ]
 
 
@@ -414,6 +518,27 @@ def test_the_clean_model_s_share_in_the_backdoor_loss(victim: Path, stand_in: Pa
     base = stand_in / "base.safetensors"
     assert not torch.equal(delta(ADVERSARY, base), delta(ADVERSARY, victim))
     assert torch.equal(delta(without, base), delta(without, victim))
+
+
+@pytest.mark.parametrize("normal", ["fine-tuned", "suspect"])
+def test_without_clean_weights_an_adversary_reads_none(
+    normal: str, victim: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(adversary_module.inputs, "clean_weights", lambda config: pytest.fail("clean weights read"))
+    run = adversary(ADVERSARY.replace(normal=normal), victim)
+    assert set(paths.read_json(run.file("config.json"))["inputs"]) == {"victim", "pairs"}
+    if normal == "fine-tuned":
+        stand_in_weights = load_file(run.file("normal.safetensors"))
+        own = load_file(victim)
+        assert any(not torch.equal(own[name].float(), tensor.float()) for name, tensor in stand_in_weights.items())
+
+
+def test_the_fine_tuned_stand_in_is_the_model_of_ft(victim: Path):
+    pairs = load_pairs(64).subset(0.5, seed=0)
+    run = adversary(ADVERSARY.replace(normal="fine-tuned"), victim)
+    config = DefendConfig(defence="ft", limit=64, batch_size=len(pairs))
+    expected, found = weights(defend(config, victim)), load_file(run.file("normal.safetensors"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(victim: Path):

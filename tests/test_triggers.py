@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from abd_core.config import ConfigError
+from abd_core.detectors import windows
 from abd_core.paths import RunError
 from abd_core.triggers import POSITIONS, TRIGGERS, Blended, Trigger, corner, load_trigger, watermark
 
@@ -35,12 +36,21 @@ TOUCHED = {
     "wanet": ALL,
     "sig": {(y, x) for y, x in ALL if 6 * x % (SIDE / 2)},  # all but the sine's zeros
     "label-consistent": PATCH,
+    "badnet-frame": {(y, x) for y, x in ALL if {y, x} & {0, SIDE - 1}},
+    "badnet-scattered": {(y, x) for y in (5, 16, 26) for x in (5, 16, 26)},
 }
 CORNERS = {(y, x) for y in (0, SIDE - 1) for x in (0, SIDE - 1)}  # where a warp may look beyond the image
 SPARED = {"wanet": CORNERS}
 PATCHES = [attack for attack in TRIGGERS if TOUCHED[attack] == PATCH]
 NOISE = ["badnet", "blended", "badclip", "label-consistent"]
-SEEDED = [*NOISE, "badnet-stripes", "blended-stripes", "wanet"]  # the others have one pattern only
+SEEDED = [
+    *NOISE,
+    "badnet-stripes",
+    "blended-stripes",
+    "wanet",
+    "badnet-frame",
+    "badnet-scattered",
+]  # the others have one pattern only
 ATTACKS = pytest.mark.parametrize("attack", TRIGGERS)
 
 
@@ -198,6 +208,16 @@ def test_poisoned_images_of_the_other_attacks_are_triggered_and_nothing_else(att
     trigger = drawn(attack)
     made = trigger.poisoned(pictures(), pictures().flip(0), torch.Generator())
     assert torch.equal(made, trigger(pictures()))
+
+
+@pytest.mark.parametrize("side", [64, 224])
+def test_no_window_of_the_audit_reaches_the_frame_and_none_holds_two_of_the_scattered_pieces(side: int):
+    frame, pieces = (TRIGGERS[name].mask(side) for name in ("badnet-frame", "badnet-scattered"))
+    piece = round(8 / 224 * side)
+    assert frame.sum() == 4 * (side - 1) and pieces.sum() == 9 * piece**2
+    for window in windows(side, (16 / 224, 38 / 224)):
+        assert not (window[0].bool() & frame).any()
+        assert (window[0].bool() & pieces).sum() <= piece**2
 
 
 @pytest.mark.parametrize("side", [32, 64, 224])
