@@ -58,8 +58,11 @@ def info_nce(
         positives = None if positives is None else positives.to(dtype)
     impl = choose(impl, queries)
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
-    scale = torch.as_tensor(scale, device=queries.device).reshape(())
-    scale = scale.to(torch.float64 if queries.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(queries.device, wide).reshape(())
+    else:
+        scale = torch.full((), scale, dtype=wide, device=queries.device)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
