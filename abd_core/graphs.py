@@ -161,7 +161,8 @@ def recorded(model: open_clip.CLIP, *, on: bool = True) -> Iterator[None]:
     Args:
         on: False does nothing, for a loop that encodes in parts or over several ranks.
     """
-    if not on or not next(model.parameters()).is_cuda:
+    already = isinstance(model.encode_text, Encoder)  # one model may stand for two
+    if not on or already or not next(model.parameters()).is_cuda:
         yield
         return
     model.visual.forward = Encoder(model.visual, model.visual.forward)
