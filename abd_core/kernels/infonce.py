@@ -122,8 +122,11 @@ def _run(
         from abd_core.kernels.infonce_triton import forward  # not installed everywhere
     else:
         forward = _forward
+    given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+    if not torch.is_autocast_enabled(queries.device.type):
+        return forward(*given)
     with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
-        return forward(queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+        return forward(*given)
 
 
 _op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
@@ -147,8 +150,14 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     dq, dk, dscale, dp, scale = ctx.saved_tensors
     mean = grad / ctx.batch
     factor = mean * scale
-    own = (factor * dp).to(ctx.dtype) if ctx.separate else None
-    return (factor * dq).to(ctx.dtype), (factor * dk).to(ctx.dtype), mean * dscale, own, None, None, None, None, None
+
+    def scaled(gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.dtype == ctx.dtype:
+            return gradient * factor
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # one launch, not two
+
+    own = scaled(dp) if ctx.separate else None
+    return scaled(dq), scaled(dk), mean * dscale, own, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
