@@ -316,7 +316,8 @@ for half in (True, False):
             print(kernel.__name__, half, capability, made.metadata.shared)
 
 kernel, fixed = kernels._combine_kernel, {"AGAIN": False, "BLOCK": kernels.COMBINED, "PARTS": kernels.PARTS}
-types = {"number": "i32", "count": "i32", "weight": "fp32", "second_weight": "fp32", **dict.fromkeys(fixed, "constexpr")}
+numbers = {"number": "i32", "count": "i32", "weight": "fp32", "second_weight": "fp32"}
+types = {**numbers, **dict.fromkeys(fixed, "constexpr")}
 signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
 source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in fixed.items()})
 print(kernel.__name__, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
