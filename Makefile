@@ -48,7 +48,7 @@ lock: $(VENV)/installed-dev ## Write constraints.txt: the versions of this envir
 	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==[^ ]+$$' > constraints.txt
 
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
-	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py
+	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py tests/test_graphs.py
 	if command -v compute-sanitizer > /dev/null; then \
 	    compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py -k "whole_matrix and clip"; \
 	fi

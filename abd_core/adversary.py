@@ -16,7 +16,7 @@ import open_clip
 import pandas as pd
 import torch
 
-from abd_core import inputs, models
+from abd_core import graphs, inputs, models
 from abd_core.config import ConfigError, TrainingError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
 from abd_core.defences import fine_tuned
@@ -190,7 +190,11 @@ def search(
     pairs.plan(batch(step)[0] for step in range(start, config.steps))
     saved = time.monotonic()
     every = max(1, config.steps // 8)
-    with progress(stage="adversary", total=config.steps, initial=start) as bar:
+    with (
+        progress(stage="adversary", total=config.steps, initial=start) as bar,
+        graphs.recorded(suspect),
+        graphs.recorded(normal),
+    ):
         for step in range(start, config.steps):
             images, perturbed, terms = losses(step)
             total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()

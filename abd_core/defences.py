@@ -19,13 +19,14 @@ import open_clip
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN
 
-from abd_core import models, ranks
+from abd_core import graphs, models, ranks
 from abd_core.augment import auto_augment, crop_colour_blur, random_erasing
 from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
 from abd_core.disagreement import Disagreement, search
 from abd_core.generator import Perturbation, patch_side
 from abd_core.inputs import TrainInputs
+from abd_core.kernels.dispatch import sent
 from abd_core.losses import clip_loss, feature_shift, in_modal_loss, nearest
 from abd_core.text import augment, tokenize
 from abd_core.train import Step, TrainConfig, fit
@@ -68,6 +69,8 @@ class Defence(ABC):
         perturbation: Perturbation | None = None,
         clean: Path | None = None,
     ) -> None:
+        if perturbation is not None:  # on the device before the first step, which would wait for it
+            perturbation = dataclasses.replace(perturbation, delta=perturbation.delta.to(models.device()))
         self.config, self.pairs, self.perturbation, self.clean = config, pairs, perturbation, clean
 
     @abstractmethod
@@ -145,7 +148,7 @@ class FineTuningDefence(Defence):
         """The scalar to minimise."""
 
     def images(self, at: Step) -> torch.Tensor:
-        return self.pairs.images(at.indices, seed=self.config.seed, step=at.step).to(models.device())
+        return sent(self.pairs.images(at.indices, seed=self.config.seed, step=at.step), models.device())
 
     def captions(self, at: Step) -> list[str]:
         return self.pairs.captions(at.indices, seed=self.config.seed, epoch=at.epoch)
@@ -269,7 +272,8 @@ class PAR(FineTuningDefence):
 
     def defend(self, model: open_clip.CLIP, folder: Path) -> None:
         self.victim = models.frozen(copy.deepcopy(model))
-        super().defend(model, folder)
+        with graphs.recorded(self.victim, on=ranks.world() == 1 and not self.config.micro_batch):
+            super().defend(model, folder)
 
     def loss(self, model: open_clip.CLIP, at: Step) -> torch.Tensor:
         limit, captions = self.config.shift_limit, self.captions(at)

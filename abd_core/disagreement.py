@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from abd_core import models
+from abd_core import graphs, models
 from abd_core.config import TrainingError
 from abd_core.data import TrainingPairs, rng
 from abd_core.kernels.perturb import add
@@ -113,7 +113,7 @@ def search(
     optimizer = torch.optim.Adam(
         [{"params": [window], "lr": lr}, {"params": [field], "lr": bound * lr}], betas=(0.5, 0.9)
     )
-    with progress(stage="search", total=steps) as bar:
+    with progress(stage="search", total=steps) as bar, graphs.recorded(suspect), graphs.recorded(clean):
         for step in range(steps):
             indices = torch.randperm(len(pairs), generator=source)[:batch_size]
             images = found(pairs.images(indices, seed=seed, step=step).to(device), source)

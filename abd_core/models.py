@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abd_core import checkpoints, ranks
 from abd_core.config import ConfigError, digest, unknown
+from abd_core.kernels.dispatch import sent
 from abd_core.kernels.perturb import perturb
 from abd_core.paths import RunError, atomic, cache_dir, data_dir, sha256
 
@@ -222,7 +223,7 @@ def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
     """
 
     def encode(images: torch.Tensor) -> torch.Tensor:
-        images = images.to(next(model.parameters()).device)
+        images = sent(images, next(model.parameters()).device)
         kind = images.device.type
         with autocast(images.device):
             own = next(model.parameters()).dtype
@@ -236,7 +237,7 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """Unit text features, (B, D), of tokens (B, context_length); float32 (float64 of a float64 model)."""
 
     def encode(tokens: torch.Tensor) -> torch.Tensor:
-        tokens = tokens.to(next(model.parameters()).device)
+        tokens = sent(tokens, next(model.parameters()).device)
         # On the CPU the plain attention is the faster one for captions: its backward takes a third of the fused one's.
         plain = sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else nullcontext()
         with autocast(tokens.device), plain:

@@ -65,7 +65,7 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
             captions = pairs.captions(at.indices, seed=config.seed, epoch=at.epoch)
             image = models.encode_image(model, pairs.images(at.indices, seed=config.seed, step=at.step))
             text = models.encode_text(model, tokenize(captions, context_length=model.context_length))
-            return clip_loss(image, text, model.logit_scale.exp()), {"logit_scale": model.logit_scale.exp().item()}
+            return clip_loss(image, text, model.logit_scale.exp()), {"logit_scale": model.logit_scale.detach().exp()}
 
         def after_epoch(epoch: int) -> Mapping[str, float]:
             return {"dev_ca": evaluate(model, tests["dev"]).ca[1].value}

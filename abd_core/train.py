@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from abd_core import ranks
+from abd_core import graphs, ranks
 from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
 from abd_core.paths import RunError, atomic, regular
@@ -135,6 +135,25 @@ def check_finite(model: torch.nn.Module, where: str, advice: str = "") -> None:
             raise TrainingError(f"{where}: {name} holds NaN or infinity{advice}")
 
 
+class Figures:
+    """A batch's loss and further figures on their way from the device; they are waited for when they are read."""
+
+    def __init__(self, figures: Mapping[str, torch.Tensor | float]) -> None:
+        self.sent = {
+            name: value.detach().to("cpu", non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in figures.items()
+        }
+        on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in figures.values())
+        self.there = torch.cuda.Event() if on_gpu else None
+        if self.there:
+            self.there.record()
+
+    def read(self) -> dict[str, float]:
+        if self.there:
+            self.there.synchronize()
+        return {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in self.sent.items()}
+
+
 class Features:
     """Looks on as images are encoded, so that features that have become one and the same are noticed.
 
@@ -175,7 +194,7 @@ def steps_an_epoch(count: int, config: TrainConfig) -> int:
 
 def fit(
     model: open_clip.CLIP,
-    loss: Callable[[Step], tuple[torch.Tensor, dict[str, float]]],
+    loss: Callable[[Step], tuple[torch.Tensor, Mapping[str, torch.Tensor | float]]],
     *,
     count: int,
     config: TrainConfig,
@@ -199,7 +218,7 @@ def fit(
     Raises:
         ConfigError: fewer pairs than a step takes, or a batch that the ranks cannot share evenly.
         TrainingError: the loss or a weight became NaN or infinite, or all images got the same feature. The checkpoint
-            before it is left as it was.
+            before it is left as it was. On a GPU it comes a step late, since the GPU is not made to wait for the CPU.
     """
     together = config.batch_size * config.accumulate
     steps = steps_an_epoch(count, config)
@@ -214,10 +233,31 @@ def fit(
         optimizer.load_state_dict(resume["optimizer"])
         start, rows, sums = resume["step"], resume["rows"], resume["sums"]
     saved, features = time.monotonic(), Features(model)
+    on_gpu = next(model.parameters()).is_cuda
+    unread: list[tuple[str, list[Figures]]] = []  # of the last step, where a GPU is still at work on it
+
+    def check_loss(value: float, where: str) -> None:
+        if not math.isfinite(value):
+            advice = f"lower lr = {config.lr:g}"
+            check_finite(model, f"{stage}: loss is {value} at {where}", f": {advice}")
+            raise TrainingError(f"{stage}: loss is {value} at {where}: {advice}")
+
+    def add_up() -> None:
+        """The figures of steps whose figures were not read yet."""
+        nonlocal sums
+        while unread:
+            where, parts = unread.pop(0)
+            figures: dict[str, float] = {}
+            for more in (part.read() for part in parts):
+                check_loss(more["loss"], where)
+                figures = {name: figures.get(name, 0.0) + figure / config.accumulate for name, figure in more.items()}
+            sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
+
     with (
         closing(features),
         progress(stage=stage, total=total, initial=start) as bar,
         ranks.synchronised(model, on=config.sync_batch_norm),
+        graphs.recorded(model, on=ranks.world() == 1 and not config.micro_batch),
     ):
         for step in range(start, total):
             epoch, position = divmod(step, steps)
@@ -229,32 +269,32 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, peak=config.lr, warmup=config.warmup_steps, total=total)
             optimizer.zero_grad(set_to_none=True)
-            figures: dict[str, float] = {}
+            where, parts = f"epoch {epoch}, step {step}", []
             for part, batch in enumerate(order[position * together :][:together].split(config.batch_size)):
                 with ranks.shared_batch(len(batch), micro=config.micro_batch):
                     value, more = loss(Step(batch, epoch, step * config.accumulate + part))
-                more = {"loss": value.item(), **more}
-                if not math.isfinite(more["loss"]):
-                    where, advice = f"epoch {epoch}, step {step}", f"lower lr = {config.lr:g}"
-                    check_finite(model, f"{stage}: loss is {more['loss']} at {where}", f": {advice}")
-                    raise TrainingError(f"{stage}: loss is {more['loss']} at {where}: {advice}")
+                parts.append(Figures({"loss": value, **more}))
+                if not on_gpu:
+                    check_loss(parts[-1].read()["loss"], where)
+                add_up()  # of the step before, now that a GPU has this one to do
                 (value / config.accumulate).backward()
-                figures = {name: figures.get(name, 0.0) + figure / config.accumulate for name, figure in more.items()}
+            unread.append((where, parts))
             ranks.average_gradients(model)
             ranks.average_statistics(model)
             optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, math.log(100))
-            sums = {name: sums.get(name, 0.0) + figure for name, figure in figures.items()}
             bar.update()
             if position == steps - 1:
-                features.check(f"{stage}: epoch {epoch}, step {step}")
+                add_up()
+                features.check(f"{stage}: {where}")
                 row = {"epoch": epoch + 1, **{name: s / steps for name, s in sums.items()}}
                 row |= dict(after_epoch(epoch)) if after_epoch else {}
                 rows, sums = [*rows, row], {}
                 bar.set_postfix(loss=f"{row['loss']:.3g}", refresh=False)
             if ranks.first() and time.monotonic() - saved > CHECKPOINT_SECONDS:  # what they hold is the same on all
-                check_finite(model, f"{stage}: epoch {epoch}, step {step}")
+                add_up()
+                check_finite(model, f"{stage}: {where}")
                 record = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
                 save_resume(folder / "resume.pt", {**record, "rows": rows, "sums": sums})
                 saved = time.monotonic()

@@ -1,12 +1,13 @@
 """InfoNCE: time and memory of the loss alone, against open_clip's `ClipLoss` and, on a GPU, the public kernels.
 
-    python benchmarks/infonce.py
+    python benchmarks/infonce.py [--sizes 128 1024]
 
 On a GPU, `pip install memeff inf-cl` adds these two; what is not installed is left out.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 import open_clip
@@ -52,13 +53,16 @@ def losses() -> dict[str, Loss]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Times InfoNCE on this machine into benchmarks/results.csv.")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[], help="only these, nothing compiled; only printed")
+    only = parser.parse_args().sizes
     report = Report("infonce")
     for dtype, sizes in SIZES.items():
         name = str(dtype).removeprefix("torch.")
         ceiling = product_rate(dtype, size=1024 if ON.type == "cpu" else 8192)
         report.note(name, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
-        for size in sizes:
-            repeats = 9 if size <= 32768 else 5
+        for size in [size for size in sizes if size in only or not only]:
+            repeats = (51 if only else 9) if size <= 32768 else 5
             case = f"B={size}, D={DIM}, {name}"
             image, text = (F.normalize(torch.randn(size, DIM, device=ON), dim=1).to(dtype) for _ in range(2))
             leaves = (image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=ON, requires_grad=True))
@@ -74,6 +78,8 @@ def main() -> None:
                     leaf.grad = None
 
             tried = {n: loss for n, loss in losses().items() if size <= LARGEST.get(n, size)}
+            if only:
+                tried.pop("open_clip compiled")
             for what, run in {"forward": forward, "forward + backward": both}.items():
                 calls = {n: lambda loss=loss, run=run: run(loss) for n, loss in tried.items()}
                 taken = seconds(calls, repeats=repeats)
@@ -86,7 +92,8 @@ def main() -> None:
             if ON.type == "cuda":
                 peaks = {n: peak_bytes(call) / 2**20 for n, call in calls.items()}
                 report.add(case, "peak memory", "MiB", peaks)
-            report.write()
+            if not only:
+                report.write()
 
 
 if __name__ == "__main__":

@@ -1,38 +1,45 @@
-"""Steps of training and of the adversary against the same in a plain loop: images a second, and memory on a GPU.
+"""Training in the loop and the adversary's step against the same in a plain loop: images a second, memory on a GPU.
 
-    python benchmarks/steps.py
+    python benchmarks/steps.py [--seconds N] [--compiled]
 
 On the CPU: the embedded benchmark's model and pairs, drawing of the views and captions included. On a GPU:
 `RN50-quickgelu` at 224 px on random images that are there already, then from tars, and what that makes of the paper's
-defence.
+defence. What has been measured is written as it comes; after N seconds no further turn is begun.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
 import io
+import statistics
+import string
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import open_clip
 import torch
-from measure import ON, Report, peak_bytes, product_rate, seconds
+from measure import ON, Report, product_rate
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from abd_core import models
-from abd_core.data import Pairs, load_pairs
-from abd_core.defences import DEFENCES, DefendConfig
+from abd_core import graphs, models
+from abd_core.data import Pairs, TrainingPairs, load_pairs
+from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Generator, Perturbation, patch_side
+from abd_core.kernels.dispatch import sent
 from abd_core.losses import adversarial_loss, backdoor_loss
-from abd_core.text import tokenize
+from abd_core.text import synonyms, tokenize
 from abd_core.train import Step, parameter_groups
 
 LARGE = ON.type == "cuda"
-NAME, BATCH, REPEATS = ("RN50-quickgelu", 128, 20) if LARGE else (models.EMBEDDED, 64, 12)
+NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 4, 1, 3)
 PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
 
 
@@ -73,28 +80,99 @@ def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None
     return step
 
 
-def step_of(name: str, pairs: Pairs, patch: torch.Tensor, *, compiled: bool = False) -> Callable[[int], None]:
-    """A step of `train.fit` with this defence's loss."""
-    kind, config = DEFENCES[name], DefendConfig(defence=name)
+class Clock:
+    """Seconds a step, and bytes at the peak, from step `WARM` of a loop on."""
+
+    def __init__(self) -> None:
+        self.before = torch.cuda.memory_allocated() if LARGE else 0
+
+    def at(self, step: int) -> None:
+        """To be called as step number `step` begins."""
+        if step == WARM:
+            if LARGE:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            self.start = time.perf_counter()
+
+    def read(self, steps: int) -> tuple[float, float]:
+        """To be called after so many steps."""
+        if LARGE:
+            torch.cuda.synchronize()
+        taken = (time.perf_counter() - self.start) / (steps - WARM)
+        return taken, (torch.cuda.max_memory_allocated() - self.before if LARGE else 0)
+
+
+def plain_loop(pairs: Pairs, patch: torch.Tensor | None) -> tuple[float, float]:
+    clock = Clock()
+    step = plain_step(pairs, patch)
+    for number in range(WARM + STEPS):
+        clock.at(number)
+        step(number)
+    return clock.read(WARM + STEPS)
+
+
+class Timed:
+    """Pairs that tell a clock when the images of a step are asked for."""
+
+    def __init__(self, pairs: TrainingPairs, clock: Clock) -> None:
+        self.pairs, self.clock, self.step = pairs, clock, 0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.pairs, name)
+
+    def images(self, *given: Any, **more: Any) -> torch.Tensor:
+        self.clock.at(self.step)
+        self.step += 1
+        return self.pairs.images(*given, **more)
+
+
+def defence_of(name: str, pairs: TrainingPairs, patch: torch.Tensor, *, epochs: int = 1) -> FineTuningDefence:
+    """The defence with BatchNorm in training, as the plain loop has it."""
+    kind = DEFENCES[name]
+    assert issubclass(kind, FineTuningDefence)
     perturbation = Perturbation("patch", patch, pairs.resolution, "random") if kind.needs_perturbation else None
-    defence = kind(config, pairs, perturbation=perturbation)
-    model = models.build(NAME).train()
+    config = DefendConfig(defence=name, batch_size=BATCH, epochs=epochs, batch_norm="train")
+    return kind(config, pairs, perturbation=perturbation)
+
+
+def loop(
+    name: str,
+    pairs: TrainingPairs,
+    patch: torch.Tensor,
+    *,
+    recorded: bool = True,
+    epochs: int = 1,
+    compiled: bool = False,
+) -> tuple[float, float]:
+    """The stage's own training, `train.fit`, with this defence; its encoders recorded as CUDA graphs or not."""
+    clock = Clock()
+    timed = Timed(pairs, clock)
+    model = models.build(NAME)
     if compiled:
         model.visual.compile()
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-5, fused=True)
-
-    def step(number: int) -> None:
-        loss = defence.loss(model, Step(torch.arange(BATCH) + BATCH * number, 0, number))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        loss.item()
-
-    return step
+    with ExitStack() as stack:
+        if not recorded:
+            stack.callback(setattr, graphs, "WARM", graphs.WARM)
+            graphs.WARM = 10**9
+        folder = stack.enter_context(TemporaryDirectory())
+        defence_of(name, timed, patch, epochs=epochs).defend(model, Path(folder))
+    return clock.read(timed.step)
 
 
-def adversary_step(pairs: Pairs, side: int, *, plain: bool) -> Callable[[int], None]:
-    """The generator's step with Eq. (2). `plain` as AdvCLIP has it: float32, the patch pasted on the CPU."""
+def operations(name: str, pairs: Pairs, patch: torch.Tensor) -> int:
+    """Floating-point operations of a step."""
+    model = models.build(NAME).train()
+    with FlopCounterMode(display=False) as counter:
+        defence_of(name, pairs, patch).loss(model, Step(torch.arange(BATCH), 0, 0)).backward()
+    return counter.get_total_flops()
+
+
+def adversary_loop(pairs: Pairs, side: int, *, plain: bool) -> tuple[float, float]:
+    """The generator's steps with Eq. (2). `plain` as AdvCLIP has it: float32, the patch pasted on the CPU."""
+    clock = Clock()
     suspect, normal = (models.frozen(models.build(NAME, seed=seed)) for seed in (0, 1))
     if plain:
         suspect, normal = (model.to(memory_format=torch.contiguous_format) for model in (suspect, normal))
@@ -118,7 +196,7 @@ def adversary_step(pairs: Pairs, side: int, *, plain: bool) -> Callable[[int], N
     def step(number: int) -> None:
         source = torch.Generator().manual_seed(number)
         indices = torch.arange(BATCH) + BATCH * number
-        images = pairs.images(indices, seed=0, step=number).to(ON)
+        images = sent(pairs.images(indices, seed=0, step=number), ON)
         captions = pairs.captions(indices, seed=0, epoch=0)
         with torch.no_grad():
             tokens = tokenize(captions, context_length=suspect.context_length).to(ON)
@@ -133,7 +211,11 @@ def adversary_step(pairs: Pairs, side: int, *, plain: bool) -> Callable[[int], N
         optimizer.step()
         loss.item()
 
-    return step
+    with graphs.recorded(suspect, on=not plain), graphs.recorded(normal, on=not plain):
+        for number in range(WARM + STEPS):
+            clock.at(number)
+            step(number)
+        return clock.read(WARM + STEPS)
 
 
 def tars(folder: Path, captions: Sequence[str]) -> str:
@@ -152,76 +234,100 @@ def tars(folder: Path, captions: Sequence[str]) -> str:
     return str(folder / "{0..3}.tar")
 
 
-def loaded_speed(address: str, patch: torch.Tensor) -> float:
-    """Images a second of fine-tuning from tars, reading and decoding included."""
-    pairs = load_image_pairs(address, resolution=models.resolution(models.build(NAME)))
-    step, batches, warm = step_of("ft", pairs, patch), len(pairs) // BATCH, 8
-    numbers = [*range(batches)] * 6
-    pairs.plan(torch.arange(BATCH) + BATCH * number for number in numbers)
-    for done, number in enumerate(numbers):
-        if done == warm:
-            start = time.perf_counter()
-        step(number)
-    return BATCH * (len(numbers) - warm) / (time.perf_counter() - start)
+def measured(
+    report: Report,
+    case: str,
+    runs: Mapping[str, Callable[[], tuple[float, float]]],
+    *,
+    until: float,
+    turns: int = TURNS,
+) -> dict[str, float]:
+    """Median seconds a step of each run, which take turns; the first turn is printed as it comes."""
+    taken: dict[str, list[float]] = {name: [] for name in runs}
+    peaks: dict[str, float] = {}
+    for _ in range(turns):
+        for name, run in runs.items():
+            if time.monotonic() > until:
+                continue
+            spent, peaks[name] = run()
+            taken[name].append(spent)
+            gc.collect()
+            if LARGE:
+                torch.cuda.empty_cache()
+            print(f"{name}: {1e3 * spent:.1f} ms a step, {BATCH / spent:.0f} images/s", flush=True)
+    median = {name: statistics.median(times) for name, times in taken.items() if times}
+    for name, spent in median.items():
+        ratio, n = next(iter(median.values())) / spent, STEPS * len(taken[name])
+        report.note(case, name, "step", "ms", 1e3 * spent, ratio=ratio, n=n)
+        report.note(case, name, "speed", "images/s", BATCH / spent, n=n)
+        if LARGE:
+            report.note(case, name, "peak memory", "MiB", peaks[name] / 2**20)
+    report.write()
+    return median
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Times training steps on this machine into benchmarks/results.csv.")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further turn after so many")
+    parser.add_argument(
+        "--compiled", action="store_true", help="also with a compiled image encoder, which takes minutes"
+    )
+    given = parser.parse_args()
+    until = time.monotonic() + given.seconds
     report = Report("training step")
-    pairs = load_pairs()
+    pairs = load_pairs().take(range((WARM + STEPS) * BATCH))
     if LARGE:
         pairs = DrawnPairs(pairs.cells, pairs.labels, pairs.tags, pairs.ids)
+    captions = pairs.captions(torch.arange(len(pairs)), seed=0, epoch=0)
+    for word in {word.strip(string.punctuation) for caption in captions for word in caption.split()}:
+        synonyms(word)  # looked up once in a run, not in each of its epochs
     side = patch_side(0.03, pairs.resolution)
     patch = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0)).to(ON)
     case = f"{NAME}, batch {BATCH}"
-    steps = {
-        "plain loop": plain_step(pairs, None),
-        "plain loop with a patch": plain_step(pairs, patch),
-        **{kind: step_of(kind, pairs, patch) for kind in ("ft", "abd", "cleanclip")},
-    }
-    counts = dict.fromkeys(steps, 0)
-
-    def next_step(name: str) -> None:
-        counts[name] += 1
-        steps[name](counts[name] % (len(pairs) // BATCH - 1))
-
     ceiling = product_rate(torch.bfloat16 if LARGE else torch.float32, size=8192 if LARGE else 1024)
     report.note(case, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
-    taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
-    report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
-    for name, spent in taken.items():
-        report.note(case, name, "speed", "images/s", BATCH / spent)
-        with FlopCounterMode(display=False) as counter:
-            next_step(name)
-        report.note(case, name, "operations", "GFLOP", counter.get_total_flops() / 1e9)
-        report.note(case, name, "share of the ceiling", "%", 100 * counter.get_total_flops() / spent / ceiling)
+    runs: dict[str, Callable[[], tuple[float, float]]] = {
+        "plain loop": lambda: plain_loop(pairs, None),
+        "ft": lambda: loop("ft", pairs, patch),
+        "abd": lambda: loop("abd", pairs, patch),
+    }
     if LARGE:
-        for name in steps:
-            report.note(case, name, "peak memory", "MiB", peak_bytes(lambda name=name: next_step(name)) / 2**20)
+        runs["ft, no graphs"] = lambda: loop("ft", pairs, patch, recorded=False)
+        runs["abd, no graphs"] = lambda: loop("abd", pairs, patch, recorded=False)
+    runs["plain loop with a patch"] = lambda: plain_loop(pairs, patch)
+    runs["cleanclip"] = lambda: loop("cleanclip", pairs, patch)
+    taken = measured(report, case, runs, until=time.monotonic() + 0.45 * given.seconds)
+    for name in ("ft", "abd", "cleanclip"):
+        if name in taken and time.monotonic() < until:
+            count = operations(name, pairs, patch)
+            report.note(case, name, "operations", "GFLOP", count / 1e9)
+            report.note(case, name, "share of the ceiling", "%", 100 * count / taken[name] / ceiling)
+            if name == "ft":  # whose operations the plain loop has
+                report.note(
+                    case, "plain loop", "share of the ceiling", "%", 100 * count / taken["plain loop"] / ceiling
+                )
+    report.write()
+    if LARGE and "abd" in taken and time.monotonic() < until:
         report.note(case, "abd", "paper's defence, no loading", "GPU-hours", PAPER / BATCH * taken["abd"] / 3600)
         with TemporaryDirectory() as folder:
-            speed = loaded_speed(tars(Path(folder), pairs.captions(torch.arange(20 * BATCH), seed=0, epoch=0)), patch)
-        report.note(case, "ft from tars", "speed", "images/s", speed, ratio=speed * taken["ft"] / BATCH)
-        report.note(case, "ft from tars", "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
-    report.write()
-    report = Report("adversary step")
-    steps = {
-        name: adversary_step(pairs, side, plain=plain)
-        for name, plain in {"plain AdvCLIP": True, "abd_core": False}.items()
-    }
-    counts = dict.fromkeys(steps, 0)
-    taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
-    report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
-    report.write()
-    if LARGE:  # on the CPU, the image encoder gains nothing by being compiled
-        report = Report("compiled training step")
-        steps = {"abd": step_of("abd", pairs, patch), "abd compiled": step_of("abd", pairs, patch, compiled=True)}
-        counts = dict.fromkeys(steps, 0)
-        start = time.perf_counter()
-        next_step("abd compiled")
-        report.note(case, "abd compiled", "first step", "s", time.perf_counter() - start)
-        taken = seconds({name: lambda name=name: next_step(name) for name in steps}, repeats=REPEATS)
-        report.add(case, "step", "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=REPEATS)
+            address = tars(Path(folder), pairs.captions(torch.arange(20 * BATCH), seed=0, epoch=0))
+            stored = load_image_pairs(address, resolution=pairs.resolution)
+            for name in ("ft", "abd"):
+                if time.monotonic() < until:
+                    spent, _ = loop(name, stored, patch, epochs=4)
+                    variant, speed = f"{name} from tars", BATCH / spent
+                    report.note(case, variant, "speed", "images/s", speed, ratio=taken[name] / spent)
+                    report.note(case, variant, "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
         report.write()
+    adversaries = {"plain AdvCLIP": True, "abd_core": False}
+    runs = {name: lambda p=plain: adversary_loop(pairs, side, plain=p) for name, plain in adversaries.items()}  # type: ignore[misc]
+    measured(Report("adversary step"), case, runs, until=until, turns=2 if LARGE else TURNS)
+    if given.compiled:
+        runs = {
+            "abd": lambda: loop("abd", pairs, patch),
+            "abd compiled": lambda: loop("abd", pairs, patch, compiled=True, recorded=False),
+        }
+        measured(Report("compiled training step"), case, runs, until=until)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs."""
+"""Which implementation of a kernel runs, and how its inputs come to its device."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def choose(impl: str, like: torch.Tensor) -> str:
         return impl
     fits = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     return "triton" if fits else "torch"
+
+
+def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:
+    """The tensor on a device. The CPU does not wait for a GPU that is still busy: the way leads over pinned memory."""
+    if to.type != "cuda" or tensor.is_cuda:
+        return tensor.to(to)
+    return tensor.pin_memory().to(to, non_blocking=True)

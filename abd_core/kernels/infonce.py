@@ -58,8 +58,11 @@ def info_nce(
         positives = None if positives is None else positives.to(dtype)
     impl = choose(impl, queries)
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
-    scale = torch.as_tensor(scale, device=queries.device).reshape(())
-    scale = scale.to(torch.float64 if queries.dtype == torch.float64 else torch.float32)
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(queries.device, wide).reshape(())
+    else:
+        scale = torch.full((), scale, dtype=wide, device=queries.device)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
@@ -119,8 +122,11 @@ def _run(
         from abd_core.kernels.infonce_triton import forward  # not installed everywhere
     else:
         forward = _forward
+    given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+    if not torch.is_autocast_enabled(queries.device.type):
+        return forward(*given)
     with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
-        return forward(queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+        return forward(*given)
 
 
 _op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
@@ -144,8 +150,14 @@ def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
     dq, dk, dscale, dp, scale = ctx.saved_tensors
     mean = grad / ctx.batch
     factor = mean * scale
-    own = (factor * dp).to(ctx.dtype) if ctx.separate else None
-    return (factor * dq).to(ctx.dtype), (factor * dk).to(ctx.dtype), mean * dscale, own, None, None, None, None, None
+
+    def scaled(gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.dtype == ctx.dtype:
+            return gradient * factor
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # one launch, not two
+
+    own = scaled(dp) if ctx.separate else None
+    return scaled(dq), scaled(dk), mean * dscale, own, None, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)

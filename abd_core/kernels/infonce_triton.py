@@ -126,18 +126,23 @@ def _sums_kernel(
 
 @triton.jit
 def _combine_kernel(
-    parts,  # (number, count) log-sum-exps
+    parts,  # (sides, number, count) log-sum-exps
     own,
-    out,  # (count,)
+    out,  # (sides, count)
     terms,  # a program's share of the loss
     number,
     count,
     weight,
+    second_weight,  # of the second side, where the grid has two
     AGAIN: tl.constexpr,  # `out` holds those of earlier parts
     BLOCK: tl.constexpr,
     PARTS: tl.constexpr,  # at a time
 ):
     """Log-sum-exp over all parts in their order, and weight * (log-sum-exp - logit of the positive), summed."""
+    side = tl.program_id(1).to(tl.int64)
+    parts += side * number * count
+    out += side * count
+    terms += side * tl.num_programs(0)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     top = tl.load(out + at, mask=mask, other=0.0) if AGAIN else tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -155,7 +160,7 @@ def _combine_kernel(
     sums = top + tl.log2(total)
     tl.store(out + at, sums, mask=mask)
     gap = tl.where(mask, sums - tl.load(own + at, mask=mask, other=0.0), 0.0)
-    tl.store(terms + tl.program_id(0), weight * tl.sum(gap))
+    tl.store(terms + tl.program_id(0), tl.where(side == 0, weight, second_weight) * tl.sum(gap))
 
 
 @triton.jit
@@ -246,26 +251,35 @@ def forward(
     own = q.new_empty(batch, dtype=torch.float32)
     if positives is not None:
         torch.mul((q.float() * positives.float()).sum(1), scale * LOG2E, out=own)
-    rows, columns = own.new_empty(batch if row_weight else 0), own.new_empty(count if column_weight else 0)
-    blocks = [triton.cdiv(len(sums), COMBINED) for sums in (rows, columns)]
+    sums = own.new_empty(batch * (row_weight != 0) + count * (column_weight != 0))
+    rows, columns = sums.split([batch * (row_weight != 0), count * (column_weight != 0)])
+    blocks = [triton.cdiv(len(side), COMBINED) for side in (rows, columns)]
     terms = own.new_empty(sum(blocks))
+    of_rows, of_columns = row_weight / batch / LOG2E, column_weight / batch / LOG2E
     step = max(1, PARTIALS * block_q // count // COMBINED) * COMBINED
     for start in range(0, batch, step):
         end = min(start + step, batch)
-        row_parts = own.new_empty((across, end - start) if row_weight else 0)
-        column_parts = own.new_empty((triton.cdiv(end - start, block_q), count) if column_weight else 0)
+        down = triton.cdiv(end - start, block_q)
+        sizes = [across * (end - start) * (row_weight != 0), down * count * (column_weight != 0)]
+        parts = own.new_empty(sum(sizes))
+        row_parts, column_parts = parts.split(sizes)
         shape = (start, end, count, dim, offset)
         _sums_kernel[tiles(start, end)](
             q, k, scale, own, row_parts, column_parts, *shape, **fixed, num_warps=SUMS_WARPS
         )
+        if row_weight and column_weight and step >= batch:  # as many keys as queries: both sides have one size
+            _combine_kernel[(blocks[0], 2)](
+                parts, own, sums, terms, across, batch, of_rows, of_columns, False, COMBINED, PARTS
+            )
+            continue
         if row_weight:
             many, part = triton.cdiv(end - start, COMBINED), slice(start, end)
             of_loss = terms[start // COMBINED :]
-            sizes = (across, end - start, row_weight / batch / LOG2E, False, COMBINED, PARTS)
-            _combine_kernel[(many,)](row_parts, own[part], rows[part], of_loss, *sizes)
+            given = (across, end - start, of_rows, 0.0, False, COMBINED, PARTS)
+            _combine_kernel[(many, 1)](row_parts, own[part], rows[part], of_loss, *given)
         if column_weight:  # as many keys as queries: a column's positive is that of the row
-            sizes = (len(column_parts), count, column_weight / batch / LOG2E, start > 0, COMBINED, PARTS)
-            _combine_kernel[(blocks[1],)](column_parts, own, columns, terms[blocks[0] :], *sizes)
+            given = (down, count, of_columns, 0.0, start > 0, COMBINED, PARTS)
+            _combine_kernel[(blocks[1], 1)](column_parts, own, columns, terms[blocks[0] :], *given)
     loss = terms.sum()
     if not grads:
         return loss, own.new_empty(0), own.new_empty(0), own.new_empty(0), own.new_empty(0)  # which share no memory

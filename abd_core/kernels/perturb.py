@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from abd_core.kernels.dispatch import choose
+from abd_core.kernels.dispatch import choose, sent
 
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation a channel
 
@@ -77,9 +77,8 @@ def perturb(
     work = torch.float64 if images.dtype == torch.float64 else torch.float32
     weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
-    place = torch.stack(places).to(images.device, non_blocking=True)  # else the CPU waits for all that is queued
-    weights = weights.to(images.device, non_blocking=True)
-    given = (images, patterns.to(images.device, work), place, weights, mean, std)
+    place, weights = sent(torch.stack(places), images.device), sent(weights, images.device)
+    given = (images, sent(patterns, images.device).to(work), place, weights, mean, std)
     call = _op if torch.compiler.is_compiling() else _eager
     return call(*given, dtype, channels_last, choose(impl, images))
 
