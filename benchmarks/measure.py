@@ -81,7 +81,7 @@ def copy_rate(*, megabytes: int) -> float:
 
 
 class Report:
-    """Figures of one benchmark on this device; `write` puts them in the place of its earlier ones."""
+    """Figures of one benchmark on this device; `write` puts each in the place of an earlier one of the same case."""
 
     def __init__(self, benchmark: str) -> None:
         made = environment()
@@ -109,11 +109,13 @@ class Report:
         print(f"{case:34} {variant:28} {metric:22} {value:10.4g} {unit:9} {figures['ratio']:>6}", flush=True)
 
     def write(self) -> None:
-        mine = {key: self.origin[key] for key in ("benchmark", "device")}
-        kept = []
+        def named(row: Mapping[str, object]) -> tuple[object, ...]:
+            return tuple(row[key] for key in ("benchmark", "device", "case", "variant", "metric"))
+
+        kept, mine = [], {named(row) for row in self.rows}
         if TABLE.exists():
             with TABLE.open(newline="", encoding="utf-8") as f:
-                kept = [row for row in csv.DictReader(f) if {key: row[key] for key in mine} != mine]
+                kept = [row for row in csv.DictReader(f) if named(row) not in mine]
         with atomic(TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
             writer.writeheader()

@@ -27,4 +27,5 @@ def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:
     """The tensor on a device. The CPU does not wait for a GPU that is still busy: the way leads over pinned memory."""
     if to.type != "cuda" or tensor.is_cuda:
         return tensor.to(to)
-    return tensor.pin_memory().to(to, non_blocking=True)
+    pinned = torch.empty_like(tensor, pin_memory=True)  # its own memory; `pin_memory()` refuses what was expanded
+    return pinned.copy_(tensor).to(to, non_blocking=True)
