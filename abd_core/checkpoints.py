@@ -152,12 +152,12 @@ _STORAGES = {
 
 
 def _is_script_archive(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # a damaged one fails in many ways; what reads it next says so
         return False
 
 
@@ -165,8 +165,11 @@ class _Module:
     """Stands for any module of a TorchScript archive: its attributes, and none of its code."""
 
 
-class _Reader(pickle.Unpickler):
-    """Of a TorchScript archive's `data.pkl`: makes tensors, dictionaries and `_Module`s, and knows nothing else."""
+class _Reader(pickle._Unpickler):
+    """Of a TorchScript archive's `data.pkl`: makes tensors, dictionaries and `_Module`s, and knows nothing else.
+
+    The unpickler in Python, because the one in C makes room for as many objects as a pickle says that it will have.
+    """
 
     def __init__(self, file: BinaryIO, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
@@ -191,7 +194,9 @@ class _Reader(pickle.Unpickler):
         _, dtype, key, _, _ = pid
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.root}/data/{int(key)}"))  # its checksum is checked
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)
+            if len(content) % dtype.itemsize:
+                raise ValueError(f"{len(content)} bytes of {dtype}")
+            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self.storages[key]
 
     def _tensor(self, storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:

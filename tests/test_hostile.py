@@ -15,6 +15,7 @@ import re
 import struct
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -703,6 +704,21 @@ def test_a_hostile_file_is_refused_in_one_harmless_line(name: str, den: Den, mon
     line = str(error.value)
     assert words in line and len(line.splitlines()) == 1 and "\x1b" not in line and len(line) <= escape.LONGEST
     assert not den.marker.exists() and not Path("marker").exists()
+
+
+def test_a_pickle_that_says_it_has_millions_of_objects_gets_no_room_for_them(den: Den):
+    pickled = b"\x80\x02Nr\xff\xff\xff\x00."  # LONG_BINPUT: keep it as object 16,777,215
+    tracemalloc.start()
+    try:
+        with pytest.raises(AbdError, match="no TorchScript archive of weights"):
+            models.load(script_archive(den, pickled))
+        ours = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        assert pickle.loads(pickled) is None
+        theirs = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ours < 1 << 20 < 100 << 20 < theirs
 
 
 def test_the_bomb_would_go_off(den: Den):
