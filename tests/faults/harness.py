@@ -544,7 +544,8 @@ def rank_dies(bench: Bench, stage: str, variant: str, draw: random.Random) -> Ou
             reads += read_all(place)
             time.sleep(0.01)
         elapsed = time.monotonic() - child.started
-        if child.wait() != 0:
+        folder = place.folder()
+        if child.wait() != 0 and not (folder and (folder / "metrics.json").exists()):  # else the run was over
             break
         shutil.rmtree(place.runs)
     else:
