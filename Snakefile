@@ -23,7 +23,14 @@ LEFT = grid.undone({cell: cell.job(COMMON) for cell in grid.select(GRIDS)}, TABL
 CHAINS = [job.chain() for job in LEFT.values()]
 JOBS = {job.key: job for chain in CHAINS for job in chain}
 RECORD = str(grid.folder() / "{key}.json")
-RUN = " ".join([sys.executable, "-m abd_core.grid", *(f"-f {shlex.quote(str(path))}" for path in FILES)])
+
+
+def quoted(text):
+    """For a shell command, in which Snakemake looks for names in braces."""
+    return shlex.quote(str(text)).replace("{", "{{").replace("}", "}}")
+
+
+RUN = " ".join([quoted(sys.executable), "-m abd_core.grid", *(f"-f {quoted(path)}" for path in FILES)])
 
 
 def keys(stage):
@@ -45,7 +52,7 @@ rule table:  # no output: it costs nothing, and other grids' rows in the same fi
     input:
         [str(chain[-1].record) for chain in CHAINS],
     shell:
-        f"{RUN} {' '.join(GRIDS)} --output {shlex.quote(str(TABLE))}"
+        f"{RUN} {' '.join(GRIDS)} --output {quoted(TABLE)}"
 
 
 rule victim:

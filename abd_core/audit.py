@@ -23,22 +23,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from abd_core import models
+from abd_core import escape, models
 from abd_core.config import AbdError, Config, ConfigError, derive_seed, digest, option
 from abd_core.data import TEST_VIEWS, class_names, load_pairs, rng
 from abd_core.detectors import CHUNK, DETECTORS, Detector, Finding, Observed, encode, observe
 from abd_core.evaluate import Rate, rate
+from abd_core.formats import read_image
 from abd_core.generator import Perturbation
 from abd_core.kernels.perturb import add
-from abd_core.paths import Run, RunError, atomic, load_or_make, read_json, sha256, shown, write_json
+from abd_core.paths import Run, RunError, atomic, load_or_make, read_json, regular, sha256, shown, write_json
 from abd_core.text import TEMPLATES
 from abd_core.verdict import Verdict, judge
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 DEGENERATE = 0.5  # a model that gives more than this share of clean images to one class is no working classifier
 BOUND = 8 / 255  # of a recovered additive trigger
 
@@ -87,9 +88,9 @@ def image_folder(folder: Path, count: int, resolution: int) -> torch.Tensor:
     rows = []
     for path in chosen:
         try:
-            with Image.open(path) as image:
-                square = ImageOps.fit(image.convert("RGB"), (resolution, resolution), Image.Resampling.BICUBIC)
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            image = read_image(path).convert("RGB")
+            square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+        except Exception as error:  # PIL raises many kinds for a damaged file
             raise RunError(f"damaged file: {path}: not an image ({error})") from None
         rows.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     return torch.stack(rows).float() / 255
@@ -98,10 +99,8 @@ def image_folder(folder: Path, count: int, resolution: int) -> torch.Tensor:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Class names, a line each. Raises RunError where there is no such file, and ConfigError below two names."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise RunError(f"missing file: {path}") from None
-    except (UnicodeDecodeError, IsADirectoryError) as error:
+        lines = regular(path).read_text(encoding="utf-8").splitlines()
+    except (UnicodeDecodeError, OSError) as error:
         raise RunError(f"damaged file: {path}: not a list of names ({error})") from None
     names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
     if len(names) < 2:
@@ -407,10 +406,10 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
     """The record as HTML with its pictures inside: no script, nothing that is loaded from elsewhere."""
 
     def cell(value: Any) -> str:
-        return f"<td>{html.escape(f'{value:.3g}' if isinstance(value, float) else str(value))}</td>"
+        return f"<td>{escape.markup(f'{value:.3g}' if isinstance(value, float) else value)}</td>"
 
     def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-        top = "".join(f"<th>{html.escape(name)}</th>" for name in head)
+        top = "".join(f"<th>{escape.markup(name)}</th>" for name in head)
         body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
         return f"<table><tr>{top}</tr>{body}</table>"
 
@@ -418,7 +417,7 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         held = io.BytesIO()
         picture.save(held, "PNG")
         data = base64.b64encode(held.getvalue()).decode()
-        label = html.escape(name)
+        label = escape.markup(name)
         return (
             f'<figure><img alt="{label}" src="data:image/png;base64,{data}"><figcaption>{label}</figcaption></figure>'
         )
@@ -436,11 +435,11 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         "pre{background:#eee;padding:.6em;overflow:auto}img{image-rendering:pixelated}"
     )
     parts = [
-        f"<h1>Audit</h1><p><b>{html.escape(whole['sentence'])}</b></p>",
-        f"<p>{html.escape(whole['verdict']['basis'])}</p>",
-        f"<p>Suspected target: <b>{html.escape(whole['suspected_target'])}</b>; "
-        f"runners-up: {html.escape(', '.join(whole['runners_up']))}.</p>",
-        f"<p>The recovered trigger ({html.escape(trigger['kind'])}) sends {reach} there.</p>",
+        f"<h1>Audit</h1><p><b>{escape.markup(whole['sentence'])}</b></p>",
+        f"<p>{escape.markup(whole['verdict']['basis'])}</p>",
+        f"<p>Suspected target: <b>{escape.markup(whole['suspected_target'])}</b>; "
+        f"runners-up: {escape.markup(', '.join(whole['runners_up']))}.</p>",
+        f"<p>The recovered trigger ({escape.markup(trigger['kind'])}) sends {reach} there.</p>",
         "".join(image(name, picture) for name, picture in pictures.items()),
         "<h2>Detectors</h2><p>How far the suspected class stands out: tenths of the images that go there (drift, "
         "answers under corruptions), else robust standard deviations above the median class.</p>",
@@ -465,7 +464,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     inputs = AuditInputs.from_parameters(vars(given))
     run = audit(AuditConfig(), inputs)
-    print(read_json(run.file("audit.json"))["sentence"])
+    print(escape.terminal(read_json(run.file("audit.json"))["sentence"]))
     print(f"Report: {shown(run.file('audit.html'))}")
     return 0
 

@@ -61,9 +61,8 @@ def read(path: Path) -> Checkpoint:
         if isinstance(record, Mapping) and isinstance(record.get(name), Mapping):
             record = record[name]
             break
-    if not isinstance(record, Mapping) or not record:
-        raise RunError(f"{path}: holds no weights: a dictionary of tensors, or one under 'state_dict', is expected")
-    return Checkpoint(_plain(record, path), quick_gelu=True if _from_openai(record) else None)
+    weights = _plain(record, path)
+    return Checkpoint(weights, quick_gelu=True if _from_openai(record) else None)
 
 
 def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -96,7 +95,8 @@ def _folder(path: Path) -> Checkpoint:
         raise RunError(f"damaged file: {path / 'config.json'}, or an index beside it: {error!r}") from None
     weights: dict[str, torch.Tensor] = {}
     for part in parts:
-        weights |= _pickled(part) if part.suffix == ".bin" else _safetensors(part)[0]
+        regular(part)
+        weights |= _plain(_pickled(part) if part.suffix == ".bin" else _safetensors(part)[0], part)
     return Checkpoint(huggingface.to_open_clip(weights, where=str(path)), name, huggingface.quick_gelu(config))
 
 
@@ -115,15 +115,27 @@ def _from_openai(weights: Mapping[str, Any]) -> bool:
     return all(name in weights for name in _OPENAI)
 
 
-def _plain(weights: Mapping[Any, Any], path: Path) -> dict[str, torch.Tensor]:
-    """Without wrappers' prefixes and what is no weight."""
-    if other := next((name for name, value in weights.items() if not isinstance(value, torch.Tensor)), None):
-        raise RunError(f"{path}: {other!r} is a {type(weights[other]).__name__}: weights alone are expected")
+def _plain(weights: Any, path: Path) -> dict[str, torch.Tensor]:
+    """Without wrappers' prefixes and what is no weight. Raises RunError where it is no dictionary of plain tensors."""
+    if not isinstance(weights, Mapping) or not weights:
+        raise RunError(f"{path}: holds no weights: a dictionary of tensors, or one under 'state_dict', is expected")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor):
+            raise RunError(f"{path}: {name!r} is a {type(value).__name__}: weights alone are expected")
+        if not _stored(value):
+            raise RunError(f"{path}: tensor {name} is sparse, quantised, or larger than what is stored of it")
     plain = {str(name): tensor for name, tensor in weights.items()}
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in plain):
             plain = {name.removeprefix(wrapper): tensor for name, tensor in plain.items()}
     return {name: tensor for name, tensor in plain.items() if name not in (*_OPENAI, *_BUFFERS)}
+
+
+def _stored(tensor: torch.Tensor) -> bool:
+    """Whether every element is there: four bytes can claim to be a tensor of any size, and a copy of it would be."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 # --- TorchScript archives -------------------------------------------------------------------------------------------
@@ -140,12 +152,12 @@ _STORAGES = {
 
 
 def _is_script_archive(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
     try:
+        if not zipfile.is_zipfile(path):
+            return False
         with zipfile.ZipFile(path) as archive:
             return any(PurePosixPath(name).name == "constants.pkl" for name in archive.namelist())
-    except zipfile.BadZipFile:
+    except Exception:  # a damaged one fails in many ways; what reads it next says so
         return False
 
 
@@ -153,17 +165,21 @@ class _Module:
     """Stands for any module of a TorchScript archive: its attributes, and none of its code."""
 
 
-class _Reader(pickle.Unpickler):
-    """Of a TorchScript archive's `data.pkl`: makes tensors, dictionaries and `_Module`s, and knows nothing else."""
+class _Reader(pickle._Unpickler):
+    """Of a TorchScript archive's `data.pkl`: makes tensors, dictionaries and `_Module`s, and knows nothing else.
+
+    The unpickler in Python, because the one in C makes room for as many objects as a pickle says that it will have.
+    """
 
     def __init__(self, file: BinaryIO, archive: zipfile.ZipFile, root: str) -> None:
         super().__init__(file)
         self.archive, self.root = archive, root
+        self.module = type("Module", (_Module,), {})  # a pickle may set attributes of classes: of this one, then
         self.storages: dict[str, torch.Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "__torch__" or module.startswith("__torch__."):
-            return _Module
+            return self.module
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -178,11 +194,12 @@ class _Reader(pickle.Unpickler):
         _, dtype, key, _, _ = pid
         if key not in self.storages:
             content = bytearray(self.archive.read(f"{self.root}/data/{int(key)}"))  # its checksum is checked
-            self.storages[key] = torch.frombuffer(content, dtype=dtype)
+            if len(content) % dtype.itemsize:
+                raise ValueError(f"{len(content)} bytes of {dtype}")
+            self.storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self.storages[key]
 
-    @staticmethod
-    def _tensor(storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
+    def _tensor(self, storage: torch.Tensor, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
         return torch.as_strided(storage, size, stride, offset)  # which refuses what lies outside the storage
 
 
@@ -191,19 +208,25 @@ def _script_archive(path: Path) -> dict[str, torch.Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             pickled = next(name for name in archive.namelist() if PurePosixPath(name).name == "data.pkl")
+            root = str(PurePosixPath(pickled).parent)
+            read = [p for p in archive.infolist() if p.filename == pickled or p.filename.startswith(f"{root}/data/")]
+            if sum(part.file_size for part in read) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it has")
             with archive.open(pickled) as file:
-                module = _Reader(file, archive, str(PurePosixPath(pickled).parent)).load()  # type: ignore[arg-type]
+                module = _Reader(file, archive, root).load()  # type: ignore[arg-type]
         return dict(_tensors(module))
     except Exception as error:  # a damaged archive fails in many ways; a forbidden name is an UnpicklingError
         raise RunError(f"damaged file: {path}: no TorchScript archive of weights ({error})") from None
 
 
-def _tensors(module: Any, prefix: str = "") -> list[tuple[str, torch.Tensor]]:
-    """(dotted name, tensor) of a module and of those in it."""
+def _tensors(module: Any, prefix: str = "", seen: set[int] | None = None) -> list[tuple[str, torch.Tensor]]:
+    """(dotted name, tensor) of a module and of those in it, each module once: shared ones could be 2^n."""
+    seen = set() if seen is None else seen
+    seen.add(id(module))
     found = []
     for name, value in vars(module).items():
         if isinstance(value, torch.Tensor):
             found.append((prefix + name, value))
-        elif isinstance(value, _Module):
-            found += _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, _Module) and id(value) not in seen:
+            found += _tensors(value, f"{prefix}{name}.", seen)
     return found

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import html
 import io
 import itertools
 import os
@@ -25,16 +24,18 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from IPython.display import HTML
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from abd_core import models
+from abd_core import escape, models
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, ConfigError, option
 from abd_core.data import TestSet, class_index, class_names, load_test_set
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import image_features, zero_shot_weights
+from abd_core.formats import KINDS, ImageError, open_image, read_image
 from abd_core.generator import Perturbation
+from abd_core.paths import RunError
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import METRICS, means, spoken
 from abd_core.text import tokenize
@@ -227,16 +228,18 @@ def own_image(source: Path | bytes, side: int) -> torch.Tensor:
         float (3, side, side) in [0, 1].
 
     Raises:
-        ExploreError: it cannot be read, or is no picture that Pillow knows.
+        ExploreError: it cannot be read, or is none of the pictures that `formats.open_image` opens.
     """
     where = "the picture" if isinstance(source, bytes) else str(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
-        raise ExploreError(f"{where}: not an image that can be read (PNG, JPEG, WebP, GIF and others can)") from None
-    except OSError as error:
-        raise ExploreError(f"{where}: {error.strerror or 'a damaged image'}") from None
+        opened = open_image(source) if isinstance(source, bytes) else read_image(source)
+        picture = ImageOps.exif_transpose(opened).convert("RGBA")
+    except RunError as error:
+        raise ExploreError(str(error)) from None
+    except ImageError as error:
+        raise ExploreError(f"{where}: {error}") from None
+    except Exception:  # PIL raises many kinds for a damaged file
+        raise ExploreError(f"{where}: a damaged image ({', '.join(KINDS)} can be read)") from None
     flat = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     square = ImageOps.fit(flat, (side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
@@ -297,7 +300,7 @@ def picture(image: torch.Tensor, alt: str) -> str:
         data = base64.b64encode(file.getvalue()).decode()
     height, width = pixels.shape[:2]
     source = f"data:image/webp;base64,{data}"
-    return f'<img src="{source}" alt="{html.escape(alt)}" width="{width}" height="{height}">'
+    return f'<img src="{source}" alt="{escape.markup(alt)}" width="{width}" height="{height}">'
 
 
 def bar(share: float, *, hit: bool = False, interval: tuple[float, float] | None = None) -> str:
@@ -337,7 +340,7 @@ def look(
         for model in case.encoders:
             part = answers[answers["model"].eq(model) & answers["view"].eq(name)]
             rows = [
-                (html.escape(a.kind), bar(a.share, hit=a.kind == case.trigger.target), f"{100 * a.share:.0f} %")
+                (escape.markup(a.kind), bar(a.share, hit=a.kind == case.trigger.target), f"{100 * a.share:.0f} %")
                 for a in part.rename(columns={"class": "kind"}).itertuples()
             ]
             tables.append(_table(model, ["class", "", "share"], rows))
@@ -351,7 +354,7 @@ def captions_html(case: Case, image: torch.Tensor, captions: Sequence[str], trig
     shown = case.views(image, trigger)
     table = caption_cosines(case, case.encode(shown), captions, list(shown))
     rows = [
-        (html.escape(caption), view, *(f"{value:.1f}" for value in values))
+        (escape.markup(caption), view, *(f"{value:.1f}" for value in values))
         for (caption, view), *values in table.itertuples()
     ]
     return _table("100 x cosine with the caption", ["caption", "picture", *table.columns], rows)
@@ -390,11 +393,11 @@ def results_html(results: pd.DataFrame, attack: str, metric: str = "asr", defenc
         value = f"{100 * row.mean:.1f} [{100 * row.ci_low:.1f}, {100 * row.ci_high:.1f}]"
         paper = "" if pd.isna(row.paper) else f"{100 * row.paper:.2f}"
         drawn = bar(row.mean, hit=metric.startswith("asr"), interval=(row.ci_low, row.ci_high))
-        cells.append((html.escape(spoken(row.defence)), drawn, value, f"{row.seeds}", paper))
+        cells.append((escape.markup(spoken(row.defence)), drawn, value, f"{row.seeds}", paper))
     if not cells:
-        return f"<p>{html.escape(attack)}: no rows yet.</p>"
+        return f"<p>{escape.markup(attack)}: no rows yet.</p>"
     head = ["defence", "", "% [95 % interval]", "seeds", "paper, %"]
-    return _table(f"{METRICS[metric]} on {html.escape(attack)}", head, cells)
+    return _table(f"{METRICS[metric]} on {escape.markup(attack)}", head, cells)
 
 
 def plain_defences(results: pd.DataFrame) -> list[str]:
@@ -413,12 +416,12 @@ def frames(shown: Mapping[str, str], *, legend: str) -> str:
         key = f"{name}-{i}"
         checked = " checked" if i == 0 else ""
         inputs.append(
-            f'<input type="radio" name="{name}" id="{key}"{checked}><label for="{key}">{html.escape(label)}</label>'
+            f'<input type="radio" name="{name}" id="{key}"{checked}><label for="{key}">{escape.markup(label)}</label>'
         )
         panels.append(f"<div>{content}</div>")
         rules.append(f"#{key}:checked~div:nth-of-type({i + 1}){{display:block}}")
     return (
-        f'<fieldset class="abd-frames"><style>{"".join(rules)}</style><legend>{html.escape(legend)}</legend>'
+        f'<fieldset class="abd-frames"><style>{"".join(rules)}</style><legend>{escape.markup(legend)}</legend>'
         f"{''.join(inputs)}{''.join(panels)}</fieldset>"
     )
 
@@ -610,7 +613,7 @@ class Explorer:
             control.observe(self._draw, "value")
         self.controls |= self._made
         self._knobs.children = [*self._made.values(), self.controls["amount"]]
-        self._said.value = f"<b>{html.escape(self.case.title)}</b>"
+        self._said.value = f"<b>{escape.markup(self.case.title)}</b>"
         self._draw()
 
     def _pick(self, change: Any) -> None:
@@ -625,18 +628,18 @@ class Explorer:
         try:
             self.image = own_image(content, self.case.trigger.resolution)
         except ExploreError as error:
-            self._said.value = html.escape(str(error))
+            self._said.value = escape.markup(str(error))
             return
         self._draw()
 
     def _load(self, button: Any) -> None:
         attacker, searcher, defender = self._settings
         attack, defence = self.controls["attack"].value, self.controls["defence"].value
-        self._said.value = f"loading or making {html.escape(attack)}, {html.escape(defence)} ..."
+        self._said.value = f"loading or making {escape.markup(attack)}, {escape.markup(defence)} ..."
         try:
             self.case = load_case(switched(attacker, attack), searcher, switched(defender, defence))
         except AbdError as error:
-            self._said.value = html.escape(str(error))
+            self._said.value = escape.markup(str(error))
             return
         self._new_case()
 

@@ -45,12 +45,19 @@ def export(run: Run, out: Path) -> Path:
         out: a folder that does not exist yet, or is empty.
 
     Raises:
-        RunError: the run has no model, its weights are damaged, or `out` holds something.
+        RunError: the run has no model, its weights or records are damaged, or `out` holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: a new or an empty folder is expected")
     model = models.load(run.file("model.safetensors"))
     name, cfg = model.architecture, open_clip.get_model_config(model.architecture)
+    described = huggingface.describe(cfg)
+    try:
+        text = card(run, name=name, transformers=described is not None)
+    except AbdError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"damaged file: {run.folder}: its records are not a run's ({error!r})") from None
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
     out.mkdir(parents=True, exist_ok=True)
     with atomic(out / "open_clip_model.safetensors") as temporary:
@@ -58,7 +65,6 @@ def export(run: Run, out: Path) -> Path:
     mean, std = models.NORMALISATION
     preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"}
     write_json(out / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": preprocess})
-    described = huggingface.describe(cfg)
     if described is not None:
         with atomic(out / "model.safetensors") as temporary:
             save_file(huggingface.from_open_clip(weights), temporary, metadata={"format": "pt"})
@@ -66,7 +72,7 @@ def export(run: Run, out: Path) -> Path:
         write_json(out / "preprocessor_config.json", huggingface.preprocessor(models.resolution(model)))
         _tokeniser(out, context_length=model.context_length)
     with atomic(out / "README.md") as temporary:
-        temporary.write_text(card(run, name=name, transformers=described is not None), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return out
 
 

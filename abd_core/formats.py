@@ -20,6 +20,7 @@ import os
 import sys
 import tarfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,15 +36,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from abd_core import models, ranks, sources
+from abd_core import escape, models, ranks, sources
 from abd_core.config import AbdError, ConfigError, digest, unknown
-from abd_core.paths import RunError, atomic, cache_dir
+from abd_core.paths import RunError, atomic, cache_dir, readers_told, regular
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that PIL may read; what else it knows is of no use here
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")  # of a tar's members
 COLUMNS = (("image", "caption"), ("filepath", "title"))  # CleanCLIP's and open_clip's tables
 MOST_BYTES = 64 << 20  # of one encoded image
 MOST_PIXELS = 100_000_000  # of one decoded image; more is taken for a decompression bomb
+MOST_STRETCH = 500  # longer side by shorter: the shorter one is brought to a model's size, and the longer one with it
 MOST_TEXT = 1 << 20  # bytes of a tar's caption member
 SCHEMA = pa.schema(
     [
@@ -70,9 +72,9 @@ def decode(data: bytes, resolution: int) -> np.ndarray:
     made RGB before they are resized, not after, as PIL would resize a palette's numbers.
 
     Raises:
-        ImageError: it is no image, is cut off, or is larger than `MOST_BYTES` or `MOST_PIXELS`.
+        ImageError: it is no image, is cut off, or is larger than `MOST_BYTES`, `MOST_PIXELS` or `MOST_STRETCH` allow.
     """
-    image = _open(data)
+    image = open_image(data)
     try:
         image = image.convert("RGB")
     except Exception as error:  # PIL raises many kinds for a damaged file
@@ -87,7 +89,7 @@ def decode(data: bytes, resolution: int) -> np.ndarray:
 
 def check(data: bytes) -> None:
     """Read an image to its end, as cheaply as its format allows. Raises ImageError where `decode` would."""
-    image = _open(data)
+    image = open_image(data)
     try:
         image.draft("RGB", (1, 1))  # a JPEG is then decoded at an eighth of its size
         image.load()
@@ -95,7 +97,21 @@ def check(data: bytes) -> None:
         raise ImageError(f"damaged image: {_line(error)}") from None
 
 
-def _open(data: bytes) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
+    """`open_image` of a file. Raises RunError where there is none, and ImageError as that does."""
+    if (size := regular(path).stat().st_size) > MOST_BYTES:
+        raise ImageError(f"an image of {size} bytes: at most {MOST_BYTES} expected")
+    return open_image(path.read_bytes())
+
+
+def open_image(data: bytes) -> Image.Image:
+    """An encoded image, of which no more than its header is decoded.
+
+    PIL picks the decoder by the content. It is let have those of `KINDS` alone: others start programs (PostScript's).
+
+    Raises:
+        ImageError: it is none of `KINDS`, or is larger than `MOST_BYTES`, `MOST_PIXELS` or `MOST_STRETCH` allow.
+    """
     if len(data) > MOST_BYTES:
         raise ImageError(f"an image of {len(data)} bytes: at most {MOST_BYTES} expected")
     try:
@@ -104,6 +120,8 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError(f"not an image of a known kind ({', '.join(KINDS)}): {_line(error)}") from None
     if image.width * image.height > MOST_PIXELS:
         raise ImageError(f"an image of {image.width}x{image.height} pixels: at most {MOST_PIXELS} expected")
+    if not 0 < max(image.size) <= MOST_STRETCH * min(image.size):
+        raise ImageError(f"an image of {image.width}x{image.height} pixels: sides of 1 to {MOST_STRETCH} expected")
     return image
 
 
@@ -192,13 +210,14 @@ def _rows(file: str, images: Sequence[Any], captions: Sequence[Any]) -> pa.Table
 
 def _separated(file: str, columns: str) -> pa.Table:
     """A CSV file; tabs instead of commas where its first line has one."""
-    with sources.opened(file) as f:
+    with sources.opened(file) as f, warnings.catch_warnings():
+        # Where rows have a field more than the header, pandas would take the first for their names, and shift the rest.
+        warnings.simplefilter("error", pd.errors.ParserWarning)
         first = f.readline(MOST_TEXT)
         f.seek(0)
+        sep = "\t" if b"\t" in first else ","
         try:
-            table = pd.read_csv(
-                f, sep="\t" if b"\t" in first else ",", dtype=str, keep_default_na=False, encoding="utf-8-sig"
-            )
+            table = pd.read_csv(f, sep=sep, index_col=False, dtype=str, keep_default_na=False, encoding="utf-8-sig")
         except Exception as error:  # pandas raises many kinds
             raise RunError(f"damaged file: {file}: {_line(error)}") from None
     image, caption = _chosen(list(table.columns), columns, file)
@@ -257,28 +276,43 @@ def _tars(files: Sequence[str]) -> Index:
 
 
 def members(file: str, size: int) -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """Every regular member of a tar with the open file, whose position is the reader's to move.
+    """Every regular member of the tar `file` of `size` bytes; see `walk`."""
+    with sources.opened(file) as f:
+        for member in walk(f, file, size):
+            yield member, f
+
+
+def walk(f: IO[bytes], file: str, size: int) -> Iterator[tarfile.TarInfo]:
+    """Every regular member of an open tar, whose position is the reader's to move; `file` is its name in errors.
 
     Raises:
         RunError: no tar, a cut one, or a member that is neither a file nor a folder.
     """
-    with sources.opened(file) as f:
-        try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    if member.isdir():
-                        continue
-                    if not member.isreg() or member.issparse():
-                        raise RunError(f"{file}: member {member.name!r} is no plain file: a link, a device or sparse")
-                    if member.offset_data + member.size > size:
-                        raise RunError(f"damaged file: {file}: it is cut off within {member.name!r}")
-                    yield member, f
+    try:
+        with tarfile.open(fileobj=f, mode="r:") as tar:
+            ended = 0
+            while (member := tar.next()) is not None:
+                if tar.offset <= ended:  # a negative size leads back, again and again
+                    raise RunError(f"damaged file: {file}: member {member.name!r} has {member.size} bytes")
                 ended = tar.offset
-        except (tarfile.TarError, EOFError, UnicodeError, OverflowError) as error:
-            raise RunError(f"damaged file: {file}: no whole tar ({_line(error)})") from None
-        f.seek(ended)
-        if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise RunError(f"damaged file: {file}: it is cut off, or damaged after byte {ended}: no end mark")
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse():
+                    raise RunError(f"{file}: member {member.name!r} is no plain file: a link, a device or sparse")
+                if member.offset_data + member.size > size:
+                    raise RunError(f"damaged file: {file}: it is cut off within {member.name!r}")
+                yield member
+            ended = tar.offset
+    except (tarfile.TarError, EOFError, UnicodeError, OverflowError, MemoryError) as error:  # a size that is a lie
+        raise RunError(f"damaged file: {file}: no whole tar ({_line(error)})") from None
+    f.seek(ended)
+    if f.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise RunError(f"damaged file: {file}: it is cut off, or damaged after byte {ended}: no end mark")
+
+
+def _encodable(text: str) -> str:
+    """The text in characters that UTF-8 has: half a character, of JSON or of a member's name, becomes `\\ud83d`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _tar(file: str, size: int) -> tuple[pa.Table, list[tuple[str, str]]]:
@@ -290,7 +324,7 @@ def _tar(file: str, size: int) -> tuple[pa.Table, list[tuple[str, str]]]:
     for member, f in members(file, size):
         folder, _, name = member.name.rpartition("/")
         stem, _, ending = name.partition(".")
-        key, ending = f"{folder}/{stem}".lstrip("/"), ending.lower()
+        key, ending = _encodable(f"{folder}/{stem}".lstrip("/")), ending.lower()
         if ending not in (*IMAGE_ENDINGS, "txt", "json"):
             continue
         keys[key] = None
@@ -307,7 +341,7 @@ def _tar(file: str, size: int) -> tuple[pa.Table, list[tuple[str, str]]]:
                 if ending == "json":
                     record = json.loads(text)
                     if isinstance(record, dict) and isinstance(record.get("caption"), str):
-                        captions[key] = record["caption"]
+                        captions[key] = _encodable(record["caption"])
                 else:
                     captions[key] = text
             except (ValueError, RecursionError):
@@ -375,7 +409,7 @@ def write_manifest(path: Path, ids: Iterable[str]) -> None:
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(["id"])
-        writer.writerows([name] for name in ids)
+        writer.writerows([escape.cell(name)] for name in ids)
 
 
 def read_manifest(address: str) -> list[str]:
@@ -428,11 +462,9 @@ class Images(Dataset):
     def data(self, index: int) -> bytes:
         """The encoded image. Raises RunError."""
         address, size = self.files[self.file[index]], int(self.size[index])
-        if size >= 0:
-            return sources.read(address, offset=int(self.offset[index]), size=size)
-        if sources.stamp(address)[0] > MOST_BYTES:
+        if (size if size >= 0 else sources.stamp(address)[0]) > MOST_BYTES:
             raise RunError(f"{address}: an image of more than {MOST_BYTES} bytes")
-        return sources.read(address)
+        return sources.read(address, offset=int(self.offset[index]), size=size)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[int], torch.Tensor | AbdError]:
         pixels = np.empty((len(indices), 3, self.resolution, self.resolution), np.uint8)
@@ -545,7 +577,8 @@ class ImagePairs:
 
     def chosen(self, ids: Sequence[str], where: str) -> ImagePairs:
         """The pairs with these ids, in that order. Raises ConfigError where one is missing."""
-        place = {name: number for number, name in enumerate(self.ids)}
+        place = {escape.cell(name): number for number, name in enumerate(self.ids)}  # as a manifest has them
+        ids = [escape.cell(name) for name in ids]
         missing = [name for name in ids if name not in place]
         if missing:
             what = f"{len(missing)} of its {len(ids)} ids are no pair's, the first is {missing[0]!r}"
@@ -565,7 +598,7 @@ class ImagePairs:
             reader = loader(_Checked(self.table, self.resolution), in_batches(len(self), 64))
             failures = [pair for batch in watched(reader, len(self), 64) for pair in batch]
             with atomic(kept) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-                csv.writer(f).writerows([index, self.ids[index], reason] for index, reason in failures)
+                csv.writer(f).writerows([i, escape.cell(self.ids[i]), escape.cell(why)] for i, why in failures)
         with kept.open(newline="", encoding="utf-8") as f:
             rows = [(int(index), name, reason) for index, name, reason in csv.reader(f)]
         found = tuple((name, reason) for _, name, reason in rows)
@@ -655,7 +688,8 @@ def unwrapped(batch: tuple[list[int], torch.Tensor | AbdError]) -> torch.Tensor:
 
 def watched(reader: DataLoader, total: int, size: int) -> Iterator[Any]:
     """What the reader gives, `size` images at a time, under a bar that shows itself where it takes long."""
-    with tqdm(total=total, desc="check images", unit="image", ncols=80, delay=2, mininterval=1, leave=False) as bar:
+    bar = tqdm(total=total, desc="check images", unit="image", ncols=80, delay=2, mininterval=1, leave=False)
+    with bar, readers_told():
         for batch in reader:
             yield batch
             bar.update(size)

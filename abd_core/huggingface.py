@@ -169,7 +169,7 @@ def to_open_clip(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str
     """A `CLIPModel`'s weights under open_clip's names: query, key and value joined, projections transposed.
 
     Raises:
-        RunError: a tensor has no counterpart, or is missing beside its fellows.
+        RunError: a tensor has no counterpart, is missing beside its fellows, or does not go with them.
     """
     ours: dict[str, torch.Tensor] = {}
     outside = {theirs: name for name, theirs in _OUTSIDE}
@@ -177,7 +177,7 @@ def to_open_clip(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str
         if name.endswith("position_ids"):  # a buffer that older versions stored
             continue
         if name in outside:
-            ours[outside[name]] = tensor.T if outside[name] in _TRANSPOSED else tensor
+            ours[outside[name]] = tensor.T if outside[name] in _TRANSPOSED and tensor.ndim == 2 else tensor
             continue
         for tower, prefix in _TOWERS:
             if match := re.fullmatch(rf"{re.escape(prefix)}(\d+)\.(.+)", name):
@@ -190,7 +190,10 @@ def to_open_clip(weights: Mapping[str, torch.Tensor], *, where: str) -> dict[str
                 fellows = [name.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
                 if missing := [fellow for fellow in fellows if fellow not in weights]:
                     raise RunError(f"{where}: tensor {missing[0]} is missing")
-                ours[f"{layer}attn.in_proj_{joined[2]}"] = torch.cat([weights[fellow] for fellow in fellows])
+                parts = [weights[fellow] for fellow in fellows]
+                if parts[0].ndim == 0 or len({part.shape for part in parts}) > 1:
+                    raise RunError(f"{where}: tensor {name} and its fellows for key and value differ in shape")
+                ours[f"{layer}attn.in_proj_{joined[2]}"] = torch.cat(parts)
             continue
         for inner, theirs in _IN_LAYER:
             if rest.startswith(theirs):

@@ -7,11 +7,12 @@ and two maillots, they give the 100 images of classes 517 and 639 the labels 134
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import json
 import re
-import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,13 +27,14 @@ import torch
 from abd_core import sources
 from abd_core.config import ConfigError, digest
 from abd_core.data import TestSet
-from abd_core.formats import Images, in_batches, loader, members, unwrapped, watched
+from abd_core.formats import Images, in_batches, loader, members, unwrapped, walk, watched
 from abd_core.paths import RunError, atomic, cache_dir, read_json, sha256, write_json
 
 ENDINGS = ("jpeg", "jpg", "png", "webp", "bmp", "gif")
 TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES)
 # SHA-256 of the 1,000 sorted WordNet ids of ILSVRC 2012, a line each. The order is that of open_clip's class names.
 WNIDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
+MOST_DEVKIT = 64 << 20  # bytes of the devkit, unpacked; it has 5 MB
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 
 
@@ -91,14 +93,17 @@ def _ending(path: str) -> str:
 def _table(rows: Sequence[tuple[str, str, int, int]]) -> pa.Table:
     """Rows of (id, address, offset, size) as an index without captions."""
     ids, addresses, offsets, sizes = zip(*rows, strict=True)
-    return pa.table(
-        {
-            "id": pa.array(ids, pa.string()),
-            "address": pa.array(addresses, pa.string()).dictionary_encode(),
-            "offset": pa.array(offsets, pa.int64()),
-            "size": pa.array(sizes, pa.int64()),
-        }
-    )
+    try:
+        return pa.table(
+            {
+                "id": pa.array(ids, pa.string()),
+                "address": pa.array(addresses, pa.string()).dictionary_encode(),
+                "offset": pa.array(offsets, pa.int64()),
+                "size": pa.array(sizes, pa.int64()),
+            }
+        )
+    except UnicodeEncodeError as error:
+        raise RunError(f"{error.object}: a file name that is not UTF-8") from None
 
 
 def is_imagenet(folders: Sequence[str]) -> bool:
@@ -151,7 +156,7 @@ def _flat(images: str, devkit: str) -> Labelled:
         found = [(path, sources.within(images, path), 0, size) for path, size in listed if _is_flat(path)]
     found = sorted((name.rpartition("/")[2], *rest) for name, *rest in found)  # type: ignore[misc]
     numbers = [int(name[15:23]) for name, *_ in found]
-    if numbers != list(range(1, len(truth) + 1)):
+    if not numbers or numbers != list(range(1, len(truth) + 1)):
         what = f"{len(found)} files ILSVRC2012_val_<number>.JPEG"
         raise RunError(f"test_images = {images!r}: {what}, but the devkit labels 1 to {len(truth)}, each once")
     labels = np.array([label_of[number] for number in truth], np.int64)
@@ -185,18 +190,18 @@ def read_devkit(devkit: str) -> tuple[dict[int, str], list[int]]:
 def _devkit_files(devkit: str) -> tuple[bytes, bytes]:
     if sources.is_folder(devkit):
         return sources.read(sources.within(devkit, META)), sources.read(sources.within(devkit, GROUND_TRUTH))
-    found: dict[str, bytes] = {}
     with sources.opened(devkit) as f:
         try:
-            with tarfile.open(fileobj=f, mode="r:*") as tar:
-                for member in tar:
-                    for name in (META, GROUND_TRUTH):
-                        if member.isreg() and member.name.endswith("/" + name) and member.size < 16 << 20:
-                            part = tar.extractfile(member)
-                            assert part is not None  # it is a plain file
-                            found[name] = part.read()
-        except Exception as error:  # tarfile, gzip and lzma raise many kinds
-            raise RunError(f"damaged file: {devkit}: no whole tar ({type(error).__name__})") from None
+            content = gzip.GzipFile(fileobj=f).read(MOST_DEVKIT + 1)
+        except (OSError, EOFError, zlib.error) as error:
+            raise RunError(f"damaged file: {devkit}: no whole .tar.gz ({error})") from None
+    if len(content) > MOST_DEVKIT:
+        raise RunError(f"{devkit}: not ILSVRC 2012's devkit: it unpacks to more than {MOST_DEVKIT} bytes")
+    found: dict[str, bytes] = {}
+    for member in walk(io.BytesIO(content), devkit, len(content)):
+        for name in (META, GROUND_TRUTH):
+            if member.name.endswith("/" + name):
+                found[name] = content[member.offset_data : member.offset_data + member.size]
     if missing := [name for name in (META, GROUND_TRUTH) if name not in found]:
         raise RunError(f"{devkit}: not ILSVRC 2012's devkit: it lacks {missing[0]}")
     return found[META], found[GROUND_TRUTH]

@@ -48,6 +48,7 @@ STAGES = {
     "defend": ("abd_core.defend", "DefendConfig"),
 }
 PROGRAM = ("-m", "abd_core.train")  # what a rank runs, before the job's file
+ERRORS = "ABD_LAUNCH_ERRORS"  # names the file in which a rank leaves its error; not in the job, which others may write
 
 
 def launcher(stage: str, config: Any, **arguments: Path | None) -> Callable[[], None] | None:
@@ -75,7 +76,8 @@ def _launch(job: Mapping[str, Any], processes: int) -> None:
         raise ConfigError(f"num_processes = {processes}: at most {torch.cuda.device_count()} expected, the GPUs here")
     with tempfile.TemporaryDirectory(prefix="abd-") as folder:
         file = Path(folder) / "job.json"
-        file.write_text(json.dumps({**job, "errors": str(Path(folder) / "errors")}), encoding="utf-8")
+        file.write_text(json.dumps(job), encoding="utf-8")
+        said = Path(folder) / "errors"
         settings = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -88,15 +90,24 @@ def _launch(job: Mapping[str, Any], processes: int) -> None:
             monitor_interval=0.2,
         )
         try:
-            with _threads(processes), _quiet(), _own_signals():
+            with _errors(said), _threads(processes), _quiet(), _own_signals():
                 elastic_launch(settings, sys.executable)(*PROGRAM, str(file))
         except ChildFailedError as error:
-            said = Path(folder) / "errors"
             if said.exists():
                 raise RunError(said.read_text(encoding="utf-8")) from None
             rank, failure = error.get_first_failure()
             how = f"signal {-failure.exitcode}" if failure.exitcode < 0 else f"exit status {failure.exitcode}"
             raise RunError(f"rank {rank} of {processes} ended by {how}: run the stage again to go on") from None
+
+
+@contextmanager
+def _errors(said: Path) -> Iterator[None]:
+    """The ranks know where to leave their error."""
+    os.environ[ERRORS] = str(said)
+    try:
+        yield
+    finally:
+        del os.environ[ERRORS]
 
 
 @contextmanager
@@ -148,13 +159,15 @@ def work(file: Path) -> None:
 
     Raises:
         ConfigError: the job names no stage that trains, or an argument that the stage has not.
-        RunError: the file is missing or no JSON object.
+        RunError: the file is missing, no JSON object, or has something else where names and paths are expected.
     """
     job = read_json(file)
     if not isinstance(job, dict) or "stage" not in job:
         raise RunError(f"{file}: a JSON object with 'stage' and 'config' expected")
-    arguments = dict(job)
-    stage, settings, errors = arguments.pop("stage"), arguments.pop("config", {}), arguments.pop("errors", None)
+    arguments, errors = dict(job), os.environ.get(ERRORS)
+    stage, settings = arguments.pop("stage"), arguments.pop("config", {})
+    if not isinstance(settings, dict) or not all(isinstance(text, str) for text in (stage, *arguments.values())):
+        raise RunError(f"{file}: settings under 'config', and text under every other name expected")
     if stage not in STAGES:
         raise unknown("stage", stage, STAGES)
     module = importlib.import_module(STAGES[stage][0])

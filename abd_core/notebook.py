@@ -16,7 +16,7 @@ import yaml
 
 from abd_core import escape, inputs
 from abd_core.config import AbdError, Config, ConfigError, unknown
-from abd_core.paths import RunError, read_json
+from abd_core.paths import RunError, read_json, regular
 
 SHARED = ("seed", "share", "limit", "num_processes", *inputs.SHARED)  # mean the same in every stage that has them
 _IPYTHON = {"In", "Out"}  # plain values that IPython itself leaves in a fresh namespace
@@ -100,10 +100,8 @@ def given_parameters(files: Sequence[Path], pairs: Sequence[Sequence[str]]) -> d
     found: dict[str, Any] = {}
     for path in files:
         try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise RunError(f"missing file: {path}") from None
-        except (UnicodeDecodeError, yaml.YAMLError):
+            given = yaml.safe_load(regular(path).read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
             raise RunError(f"damaged file: {path}: not YAML") from None
         if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
             raise RunError(f"{path}: names with a value each expected")
@@ -138,14 +136,16 @@ def summary(path: Path) -> str:
         RunError: no such file, no notebook, or no such output.
     """
     record = read_json(path)
-    cells = record.get("cells", []) if isinstance(record, dict) else []
-    printed = [
-        "".join(output["text"])
-        for cell in cells
-        if "summary" in cell.get("metadata", {}).get("tags", [])
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout"
-    ]
+    try:
+        printed = [
+            "".join(output["text"])
+            for cell in record["cells"]
+            if "summary" in cell.get("metadata", {}).get("tags", [])
+            for output in cell.get("outputs", [])
+            if output.get("name") == "stdout"
+        ]
+    except (AttributeError, KeyError, TypeError):
+        raise RunError(f"damaged file: {path}: no notebook") from None
     if not printed:
         raise RunError(f"{path}: no executed cell tagged 'summary'")
     return "".join(f"{escape.terminal(line)}\n" for line in "".join(printed).splitlines())

@@ -275,10 +275,25 @@ def _forget(folder: Path) -> None:
 
 
 @contextmanager
+def readers_told() -> Iterator[None]:
+    """A process that reads images and dies ends the work with one line. (torch raises it at whatever is under way.)"""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise RunError(
+            f"a process that reads images died ({str(error).splitlines()[0]}); start again to go on, with a smaller "
+            "ABD_WORKERS where memory is short"
+        ) from None
+
+
+@contextmanager
 def _told(stage: str, config: Config) -> Iterator[None]:
     """Where memory does not suffice, say what to lower."""
     try:
-        yield
+        with readers_told():
+            yield
     except (MemoryError, RuntimeError) as error:  # torch has no kind of its own for the CPU's
         full = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if not full:
@@ -301,11 +316,22 @@ def load_run(folder: Path) -> Run:
     if not isinstance(manifest, dict):
         raise RunError(f"damaged file: {folder / 'manifest.json'}: file names and checksums expected")
     for name, checksum in manifest.items():
-        if Path(name).is_absolute() or ".." in Path(name).parts or (folder / name).is_symlink():
+        if not _within(folder, name):
             raise RunError(f"damaged file: {folder / 'manifest.json'}: {name!r} is no file of this folder")
         if sha256(folder / name) != checksum:
             raise RunError(f"damaged file: {folder / name}: its checksum changed; delete {folder}, or pass force=True")
-    return Run(folder, read_json(folder / "metrics.json"))
+    metrics = read_json(folder / "metrics.json")
+    if not isinstance(metrics, dict):
+        raise RunError(f"damaged file: {folder / 'metrics.json'}: names and values expected")
+    return Run(folder, metrics)
+
+
+def _within(folder: Path, name: str) -> bool:
+    """Whether a name is that of a file in the folder, and no link leads elsewhere."""
+    try:
+        return not Path(name).is_absolute() and (folder / name).resolve() == folder.resolve() / name
+    except (OSError, ValueError, RuntimeError):  # too long a name, a NUL in it, links in a circle
+        return False
 
 
 def _empty(folder: Path) -> None:

@@ -20,6 +20,7 @@ from abd_core.config import ConfigError
 from abd_core.paths import RunError
 
 MOST_FILES = 100_000  # that one address may stand for; LAION-2B has 231,349 shards in 18 parts
+MOST_BRACES = 8  # in one address
 _RANGE = re.compile(r"\{([^{}]*)\}")
 _T = TypeVar("_T")
 
@@ -28,8 +29,10 @@ def expand(address: str) -> list[str]:
     """The addresses that one with braces stands for: `{00000..00331}` keeps the zeros, `{train,val}` is a list.
 
     Raises:
-        ConfigError: braces that are neither, or more than `MOST_FILES` addresses.
+        ConfigError: braces that are neither, more than `MOST_BRACES`, or more than `MOST_FILES` addresses.
     """
+    if address.count("{") > MOST_BRACES:
+        raise ConfigError(f"address {address!r}: at most {MOST_BRACES} ranges and lists expected")
     match = _RANGE.search(address)
     if match is None:
         if "{" in address or "}" in address:

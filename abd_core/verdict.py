@@ -18,7 +18,7 @@ import torch
 from scipy.optimize import minimize
 
 from abd_core.evaluate import Rate, rate
-from abd_core.paths import RunError, data_dir
+from abd_core.paths import RunError, data_dir, regular
 
 STATISTICS = ("drift", "response", "field", "inversion", "decree")  # that the regression reads
 COMPRESSED = ("field", "inversion")  # robust standard deviations without a limit: their logarithm enters
@@ -50,7 +50,10 @@ def read_population(path: Path | None = None) -> pd.DataFrame:
     path = path or default_table()
     if not path.exists():
         return pd.DataFrame(columns=["label", "half", "attack"])
-    table = pd.read_csv(path)
+    try:
+        table = pd.read_csv(regular(path), dtype={"asr": float})
+    except ValueError as error:  # of which every error of pandas is one
+        raise RunError(f"damaged file: {path}: no CSV, or an asr that is no number ({error})") from None
     needed = {"kind", "half", "attack", "asr", *(f"{name}_{mode}" for name in STATISTICS for mode in MODES)}
     if missing := sorted(needed - set(table.columns)):
         raise RunError(f"{path}: not a population of audits: no column {missing[0]}")

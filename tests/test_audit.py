@@ -231,8 +231,12 @@ def test_the_report_is_one_page_without_scripts_or_anything_from_elsewhere(suspe
     assert "<script" not in text and "http" not in text
     assert text.count('src="data:image/png;base64,') == 2 == text.count("src=")
     record = json.loads(run.file("audit.json").read_text())
-    shown = page({**record, "suspected_target": "<b onload=x>"}, {})
-    assert "&lt;b onload=x&gt;" in shown and "<b onload" not in shown
+    wild = "<b onload=x>\x1b[2J\u202e"  # a tag, a terminal's command, text that runs backwards
+    verdict = {**record["verdict"], "basis": wild}
+    named = {"sentence": wild, "suspected_target": wild, "runners_up": [wild], "verdict": verdict}
+    shown = page({**record, **named, "inputs": {"checkpoint": wild}}, {wild: Image.new("RGB", (2, 2))})
+    assert shown.count(r"&lt;b onload=x&gt;\x1b[2J\u202e") >= 6
+    assert not re.search("<b onload|\x1b|\u202e", shown)
 
 
 def test_a_finished_audit_is_loaded_and_another_suspect_is_another_run(suspect, stand_in, monkeypatch):

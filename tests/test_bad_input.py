@@ -13,26 +13,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import miniature
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ARCHITECTURE, start_python
 from safetensors.torch import load_file, save_file
 
 from abd_core import adversary as adversary_module
-from abd_core import badclip, defences, disagreement, grid, paths, train
+from abd_core import badclip, defences, disagreement, grid, launch, paths, train
 from abd_core import poison as poison_module
 from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.audit import AuditConfig, AuditInputs, audit, image_folder, read_classes
 from abd_core.config import AbdError
 from abd_core.defences import DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.explore import own_image
+from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
-from abd_core.notebook import stage_configs, summary
+from abd_core.notebook import given_parameters, stage_configs, summary
 from abd_core.poison import PoisonConfig, poison
+from abd_core.preflight import _captions as preflight_captions
 from abd_core.pretrain import PretrainConfig, pretrain
 from abd_core.results import BenchmarksConfig, ResultsConfig, read_benchmarks, read_results
 from abd_core.text import augment, tokenize
 from abd_core.triggers import TRIGGERS
+from abd_core.verdict import read_population
 
 SMALL = {"limit": 64, "epochs": 1, "batch_size": 16}
 
@@ -314,6 +322,213 @@ case(
     *("damaged file", "(3, 65, 65)", "64 px"),
 )
 
+# --- pairs of one's own: tables, tars, images, captions, subsets ------------------------------------------------
+
+
+def trained(world: World, address: Path | str, **settings: object) -> object:
+    return poison(PoisonConfig(**{**SMALL, "limit": 0, "pairs": str(address), **settings}))
+
+
+def table(
+    world: World, *, damaged: int = 0, captions: tuple[str, ...] = ("a banana", "a cat", "a dog", "a hat")
+) -> Path:
+    """A table of four pairs in its own folder, so many of whose images are cut off."""
+    for number in range(len(captions)):
+        content = miniature.picture(number)
+        world.file(f"{number}.jpg", content[: len(content) // 2] if number < damaged else content)
+    rows = [f"{number}.jpg,{caption}" for number, caption in enumerate(captions)]
+    return world.file("p.csv", "\n".join(["image,caption", *rows]) + "\n")
+
+
+def parquet(world: World, **columns: list) -> Path:
+    pq.write_table(pa.table(columns), world.here / "p.parquet")
+    return world.here / "p.parquet"
+
+
+def tar(world: World, *members: tuple[str, bytes], cut: int | None = None) -> Path:
+    return world.file("p.tar", miniature.tar_bytes(members)[:cut])
+
+
+def checked(world: World, path: Path) -> object:
+    """As the preflight of a long run looks at the captions."""
+    return preflight_captions(load_image_pairs(str(path), resolution=64), world.stand_in / "base.safetensors")
+
+
+JPEG = miniature.picture(0)
+for name, content, words in [
+    ("p.csv", b"", ("damaged file", "No columns to parse")),
+    ("p.csv", b"path,words\nx,y\n", ("its columns are 'path', 'words'", "columns='url,text'")),
+    ("p.csv", b"image,caption\n,empty\n", ("damaged file", "row 1 names no image")),
+    ("p.csv", b"image,caption\n\xff\xfe,x\n", ("damaged file", "codec can't decode")),
+    ("p.csv", b'image,caption\n"x,y\n', ("damaged file", "p.csv")),
+    ("p.csv", b"image,caption\nx,y\nx,y,z\n", ("damaged file", "Expected 2 fields in line 3, saw 3")),
+    ("p.csv", b"image,caption\nx.jpg,y,z\n1.jpg,2,3\n", ("damaged file", "does not match length of data")),
+    ("p.csv", b"image,caption\n", ("no pairs in it",)),
+    ("p.csv", b"image,caption\nhttp://host/1.jpg,x\n", ("it names 'http://host/1.jpg'", "another kind")),
+    ("p.csv", b"image,caption\nnone.jpg,x\n", ("1 of 1 pairs are damaged", "missing file", "max_damaged = 0.01")),
+    ("p.tsv", b"filepath\twords\nx\ty\n", ("its columns are 'filepath', 'words'",)),
+    ("p.tsv", b"filepath\ttitle\n\ty\n", ("damaged file", "row 1 names no image")),
+    ("p.parquet", b"PAR1 not at all", ("damaged file", "p.parquet")),
+    ("p.parquet", b"", ("damaged file", "p.parquet")),
+    ("p.tar", b"", ("damaged file", "no whole tar")),
+    ("p.tar", b"x" * 2000, ("damaged file", "no whole tar")),
+    ("p.tar.gz", b"x", ("p.tar.gz", "tars without compression")),
+    ("p.zip", b"x", ("p.zip", "tars without compression")),
+]:
+    case(
+        f"pairs, {name} with {content[:50]!r}",
+        lambda w, name=name, content=content: trained(w, w.file(name, content)),
+        *words,
+    )
+for address, words in [
+    ("no.csv", ("missing file", "no.csv")),
+    ("{0..3}.tar", ("missing file", "0.tar")),
+    ("", ("is a folder", "{00000..00331}.tar")),
+    ("{a.csv,b.tar}", ("files of one kind expected",)),
+    ("{3..1}.tar", ("3 to 1 is no range",)),
+    ("{0..9999}{0..9999}.tar", ("at most 100000 expected",)),
+    ("{0..1}" * 9, ("at most 8 ranges and lists expected",)),
+]:
+    case(f"pairs, {address!r}", lambda w, address=address: trained(w, f"{w.here}/{address}"), *words)
+case("pairs of an unknown protocol", lambda w: trained(w, "nosuch://a/b.csv"), "cannot be read", "nosuch://a/b.csv")
+case("pairs of a bucket that is not there", lambda w: trained(w, "memory://no/p.parquet"), "missing file", "p.parquet")
+case("columns, a typing error", lambda w: trained(w, table(w), columns="image,captoin"), "did you mean 'caption'?")
+case("columns, one", lambda w: trained(w, table(w), columns="image"), "columns = 'image'", "two names")
+case("columns, three", lambda w: trained(w, table(w), columns="a,b,c"), "columns = 'a,b,c'", "two names")
+case(
+    "a Parquet file without captions",
+    lambda w: trained(w, parquet(w, image=["x.jpg"], width=[3])),
+    *("p.parquet", "its columns are 'image', 'width'"),
+)
+case(
+    "a Parquet file with embedded images",
+    lambda w: trained(w, parquet(w, image=[b"bytes"], caption=["x"])),
+    *("p.parquet", "column 'image' holds binary", "use tars"),
+)
+case(
+    "a Parquet file whose captions are numbers",
+    lambda w: trained(w, parquet(w, image=["x.jpg"], caption=[3])),
+    *("p.parquet", "column 'caption' holds int64", "text is read"),
+)
+case("a tar that is cut", lambda w: trained(w, tar(w, ("a.jpg", JPEG), cut=700)), "damaged file", "cut off", "'a.jpg'")
+case("a tar without captions", lambda w: trained(w, tar(w, ("a.jpg", JPEG))), "1 of 1 pairs", "p/a: no caption")
+case("a tar without images", lambda w: trained(w, tar(w, ("a.txt", b"x"))), "1 of 1 pairs", "p/a: no image")
+case(
+    "a tar with a caption that is no text",
+    lambda w: trained(w, tar(w, ("a.jpg", JPEG), ("a.txt", b"\xff"))),
+    *("1 of 1 pairs", "member 'a.txt' is no text"),
+)
+case("damaged images", lambda w: trained(w, table(w, damaged=2), max_damaged=0.25), "2 of 4 pairs", "0.25 allows 1")
+case("an image that is a text", lambda w: trained(w, tar(w, ("a.jpg", b"x"), ("a.txt", b"y"))), "not an image", "JPEG")
+case("captions that are all empty", lambda w: checked(w, table(w, captions=("", "", "", "a"))), "75% of 4 captions")
+case(
+    "captions none of which names the target",
+    lambda w: trained(w, table(w), attack="badclip", target="red apple", batch_size=2),
+    *("attack 'badclip'", "none of the 4 pairs", "'red apple'"),
+)
+case("more pairs than a set has", lambda w: trained(w, table(w), limit=5), "limit = 5", "there are 4 pairs")
+for text, words in [
+    ("id\nnowhere\n", ("1 of its 1 ids are no pair's, the first is 'nowhere'",)),
+    ("name\nx\n", ("not a manifest", "one column 'id' expected")),
+    ("id\nx,y\n", ("not a manifest",)),
+    ("id\nx\nx\n", ("an id stands there twice",)),
+    ("id\n", ("no ids",)),
+    ("", ("not a manifest",)),
+]:
+    case(
+        f"a manifest, {text!r}",
+        lambda w, text=text: trained(w, table(w), manifest=str(w.file("m.csv", text))),
+        *words,
+    )
+case("a manifest without pairs", lambda w: PoisonConfig(manifest="m.csv"), "PoisonConfig.manifest", "goes with pairs")
+for what, content in {"a text": b"no picture", "half a picture": JPEG[:300], "empty": b""}.items():
+    case(
+        f"a picture of one's own, {what}", lambda w, c=content: own_image(w.file("own.jpg", c), 64), "own.jpg", "image"
+    )
+case("a picture of one's own, missing", lambda w: own_image(w.here / "own.jpg", 64), "missing file", "own.jpg")
+
+# --- test sets of one's own: folders, class lists ----------------------------------------------------------------
+
+
+def measured(world: World, **settings: object) -> object:
+    return measure(world.victim, config=EvaluateConfig(**{name: str(value) for name, value in settings.items()}))
+
+
+def folders(world: World, names: tuple[str, ...] = ("cat", "dog"), *, content: bytes = JPEG) -> Path:
+    for name in names:
+        (world.here / "val" / name).mkdir(parents=True)
+        (world.here / "val" / name / "1.jpg").write_bytes(content)
+    return world.here / "val"
+
+
+for text, words in [
+    ("one\ntwo\nthree\n", ("3 names for the 2 folders",)),
+    ("cat\ta cat\n", ("no name for folder 'dog'", "1 of 2 lack one")),
+    ("cat\ta\ncat\tb\n", ("folder 'cat' stands there twice",)),
+    ("cat\ta\tb\n", ("a line a class expected",)),
+    ("cat\t\nx\ty\n", ("a line a class expected",)),
+    ("cat\tx\ny\n", ("a line a class expected",)),
+    (b"\xff", ("damaged file", "not text in UTF-8")),
+]:
+    case(
+        f"a class list, {text!r}",
+        lambda w, text=text: measured(w, test_images=folders(w), test_classes=w.file("names.txt", text)),
+        *words,
+    )
+case(
+    "a class list, missing",
+    lambda w: measured(w, test_images=folders(w), test_classes=w.here / "none.txt"),
+    *("missing file", "none.txt"),
+)
+case("folders without a class list", lambda w: measured(w, test_images=folders(w)), "2 folders", "in test_classes")
+case("a test set that is missing", lambda w: measured(w, test_images=w.here / "none"), "missing file", "none")
+case("a test set without images", lambda w: measured(w, test_images=w.here), "no images in it", "jpeg")
+case(
+    "a devkit without images", lambda w: EvaluateConfig(devkit="kit"), "EvaluateConfig.devkit", "goes with test_images"
+)
+case(
+    "a test image that is damaged",
+    lambda w: measured(
+        w, test_images=folders(w, content=JPEG[:-60]), test_classes=w.file("n.txt", "a\nb\n"), dev_share=0
+    ),
+    *("cat/1.jpg", "damaged image"),
+)
+case(
+    "a devkit that is no archive",
+    lambda w: measured(w, test_images=folders(w), devkit=w.file("kit.tar.gz", "x")),
+    *("damaged file", "kit.tar.gz", "no whole .tar.gz"),
+)
+case(
+    "an audit's class list with one name",
+    lambda w: read_classes(w.file("names.txt", "cat\n")),
+    *("names.txt", "1 class name(s), at least 2 expected"),
+)
+case(
+    "an audit's class list, no text", lambda w: read_classes(w.file("n.txt", b"\xff")), "damaged file", "list of names"
+)
+case("an audit's class list, a folder", lambda w: read_classes(w.here), "missing file", "a folder")
+case("an audit of a handful of images", lambda w: image_folder(folders(w), 16, 64), "2 images", "at least 16 expected")
+case("an audit without a suspect", lambda w: audit(AuditConfig(), AuditInputs()), "AuditInputs.checkpoint", "expected")
+
+# --- jobs of several processes ------------------------------------------------------------------------------------
+
+for text, words in [
+    ("[]", ("a JSON object with 'stage' and 'config' expected",)),
+    ('{"stage": "audit"}', ("unknown stage 'audit'", "known: defend, poison, pretrain")),
+    ('{"stage": ["poison"]}', ("text under every other name expected",)),
+    ('{"stage": "poison", "config": [1]}', ("settings under 'config'",)),
+    ('{"stage": "defend", "config": {}, "victim": 5}', ("text under every other name expected",)),
+    ('{"stage": "poison", "victim": "m.safetensors"}', ("unknown argument of poison 'victim'",)),
+]:
+    case(f"a job file, {text}", lambda w, text=text: launch.work(w.file("job.json", text)), *words)
+case(
+    "a file of parameters, no YAML", lambda w: given_parameters([w.file("p.yaml", "a: [")], []), "damaged file", "YAML"
+)
+case("a file of parameters, a list", lambda w: given_parameters([w.file("p.yaml", "[1]")], []), "p.yaml", "names with")
+case("a file of parameters, missing", lambda w: given_parameters([w.here / "p.yaml"], []), "missing file", "p.yaml")
+case("a population, another table", lambda w: read_population(w.file("a.csv", "a\n1\n")), "a.csv", "no column asr")
+case("a population, no text", lambda w: read_population(w.file("a.csv", b"\xff\0")), "damaged file", "a.csv", "no CSV")
+
 # --- tables -------------------------------------------------------------------------------------------------
 
 HEADER = "attack,defence,seed,split,metric,value,n,ci_low,ci_high,paper_value,seconds,device,versions,git_sha,run_id"
@@ -425,6 +640,7 @@ for name, content, words in [
     ("manifest.json", '{"/etc/passwd": "0"}', ("damaged file", "manifest.json", "'/etc/passwd' is no file")),
     ("manifest.json", '{"none": "0"}', ("missing file", "none")),
     ("metrics.json", "NaN!", ("damaged file", "metrics.json", "not JSON")),
+    ("metrics.json", "[]", ("damaged file", "metrics.json", "names and values expected")),
     ("metrics.json", "[" * 99_999, ("damaged file", "metrics.json", "not JSON")),
     ("config.json", "[]", ("holds a run of another config", "delete it, or pass force=True")),
 ]:
@@ -436,7 +652,8 @@ for name, content, words in [
 case("a notebook, missing", lambda w: summary(w.here / "none.ipynb"), "missing file", "none.ipynb")
 case("a notebook, no JSON", lambda w: summary(w.file("n.ipynb", "x")), "damaged file", "n.ipynb", "not JSON")
 case("a notebook, never run", lambda w: summary(w.file("n.ipynb", '{"cells": []}')), "n.ipynb", "tagged 'summary'")
-case("a notebook that is a list", lambda w: summary(w.file("n.ipynb", "[1]")), "n.ipynb", "tagged 'summary'")
+case("a notebook that is a list", lambda w: summary(w.file("n.ipynb", "[1]")), "n.ipynb", "no notebook")
+case("a notebook of other cells", lambda w: summary(w.file("n.ipynb", '{"cells": [1]}')), "n.ipynb", "no notebook")
 case("a resume file, a text", lambda w: train.load_resume(w.file("resume.pt", "x")), "damaged file", "force=True")
 
 
@@ -452,6 +669,7 @@ def world(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wo
         monkeypatch.setattr(module, "progress", work)
     for module in (poison_module, defences, badclip):
         monkeypatch.setattr(module, "optimise" if module is badclip else "fit", work)
+    monkeypatch.setenv("ABD_WORKERS", "0")
     (tmp_path / "here").mkdir()
     return World(stand_in, tmp_path / "here", monkeypatch.setenv)
 

@@ -30,11 +30,12 @@ def disturbed(table: Path, *arguments: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_every_stage_survives_a_kill_a_full_disk_and_a_second_process_and_no_row_is_measured_twice(tmp_path: Path):
-    short = ["--kills", "1", "--others", "1", "--faults", "SIGKILL", "full disk", "two processes"]
+def test_every_stage_survives_a_kill_a_full_disk_and_company_and_no_row_is_measured_twice(tmp_path: Path):
+    faults = ("SIGKILL", "full disk", "two processes", "worker dies")
+    short = ["--kills", "1", "--others", "1", "--faults", *faults]
     rows = disturbed(tmp_path / "faults.csv", *short)
     assert [(row["fault"], row["stage"]) for row in rows] == [
-        (fault, stage) for fault in ("SIGKILL", "full disk", "two processes") for stage in harness.VARIANTS
+        (fault, stage) for fault in faults for stage in harness.VARIANTS
     ]
     assert {row["survived"] for row in rows} == {"yes"}
     assert sum(int(row["reads"]) for row in rows) > 100

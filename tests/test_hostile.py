@@ -6,6 +6,7 @@ the test did not put there.
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -14,13 +15,16 @@ import re
 import struct
 import subprocess
 import tarfile
+import tracemalloc
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import miniature
 import numpy as np
+import open_clip
 import papermill.iorw
 import pytest
 import torch
@@ -29,13 +33,17 @@ from conftest import ARCHITECTURE, Bomb
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from abd_core import data, escape, grid, models, paths, plots, text, train
+from abd_core import data, escape, grid, huggingface, launch, models, paths, plots, text, train
+from abd_core.audit import image_folder, read_classes
 from abd_core.config import AbdError
 from abd_core.defences import DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import measure
+from abd_core.explore import own_image
+from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
-from abd_core.notebook import stage_configs, summary
+from abd_core.labelled import read_devkit
+from abd_core.notebook import given_parameters, stage_configs, summary
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import read_benchmarks, read_results
 from abd_core.triggers import TRIGGERS, load_trigger
@@ -275,6 +283,204 @@ def png(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def pairs(path: Path, resolution: int = 64) -> object:
+    return load_image_pairs(str(path), resolution=resolution)
+
+
+def shard(den: Den, change: Callable[[tarfile.TarInfo], object], content: bytes = b"x") -> Path:
+    """A tar of a good pair and a member `y.jpg` whose head has a change."""
+    with tarfile.open(den.here / "p.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        miniature.add(tar, "x.jpg", miniature.picture(0))
+        miniature.add(tar, "x.txt", b"caption")
+        member = tarfile.TarInfo("y.jpg")
+        member.size = len(content)
+        change(member)
+        tar.addfile(member)
+        tar.fileobj.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
+        tar.offset += len(content) + -len(content) % tarfile.BLOCKSIZE
+    return den.here / "p.tar"
+
+
+def of_type(kind: bytes) -> Callable[[tarfile.TarInfo], None]:
+    def change(member: tarfile.TarInfo) -> None:
+        member.type, member.linkname, member.size = kind, "/etc/passwd", 0
+
+    return change
+
+
+def sized(size: int, kind: bytes = tarfile.REGTYPE) -> Callable[[tarfile.TarInfo], None]:
+    def change(member: tarfile.TarInfo) -> None:
+        member.type, member.size = kind, size
+
+    return change
+
+
+each(
+    {
+        f"a shard of pairs with a {what}": lambda d, kind=kind: pairs(shard(d, of_type(kind), b""))
+        for what, kind in {
+            "link": tarfile.SYMTYPE,
+            "hard link": tarfile.LNKTYPE,
+            "device": tarfile.CHRTYPE,
+            "block device": tarfile.BLKTYPE,
+            "pipe": tarfile.FIFOTYPE,
+        }.items()
+    },
+    "member 'y.jpg' is no plain file",
+)
+each(
+    {"a shard whose members lead back in a circle": lambda d: pairs(shard(d, sized(-2048)))},
+    "member 'y.jpg' has -2048 bytes",
+)
+each(
+    {
+        "a shard with a member of a terabyte": lambda d: pairs(shard(d, sized(1 << 40))),
+        "a shard with a name of a terabyte": lambda d: pairs(shard(d, sized(1 << 40, tarfile.GNUTYPE_LONGNAME))),
+        "a shard with a record of a terabyte": lambda d: pairs(shard(d, sized(1 << 40, tarfile.XHDTYPE))),
+    },
+    "damaged file: ",
+)
+
+
+def pictured(den: Den, image: Path | str) -> object:
+    """A table whose one pair has this image."""
+    return pairs(den.put("t.csv", f"image,caption\n{image},x\n".encode()))
+
+
+def postscript(den: Den, name: str) -> Path:
+    """What PIL hands to Ghostscript, an interpreter with access to files, whatever the name's ending."""
+    head = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
+    return den.put(name, head + f"({den.marker}) (w) file closefile showpage\n".encode())
+
+
+def sparse(den: Den, size: int) -> Path:
+    """A file of any size that takes no room."""
+    with (den.here / "big.jpg").open("wb") as f:
+        f.truncate(size)
+    return den.here / "big.jpg"
+
+
+def folder_of(den: Den, make: Callable[[str], Path]) -> Path:
+    for number in range(16):
+        make(f"{number}.png")
+    return den.here
+
+
+def strip(long: int) -> bytes:
+    """A PNG one pixel wide: a model's size across, it would be as many gigabytes."""
+    held = io.BytesIO()
+    Image.new("1", (1, long)).save(held, "PNG")
+    return held.getvalue()
+
+
+each(
+    {
+        "PostScript as an image of a pair": lambda d: pictured(d, postscript(d, "e.png")),
+        "PostScript as a picture of one's own": lambda d: own_image(postscript(d, "e.png"), 64),
+        "PostScript among an audit's images": lambda d: image_folder(folder_of(d, lambda n: postscript(d, n)), 16, 64),
+        "a bomb as a picture of one's own": lambda d: own_image(png(40_000), 64),
+    },
+    "not an image of a known kind",
+)
+each({"a bomb as an image of a pair": lambda d: pictured(d, d.put("b.png", png(40_000)))}, "1 of 1 pairs are damaged")
+each(
+    {
+        "a picture a million times as long as wide": lambda d: pictured(d, d.put("s.png", strip(1_000_000))),
+        "a picture of one's own of that kind": lambda d: own_image(strip(1_000_000), 64),
+    },
+    "an image of 1x1000000 pixels: sides of 1 to 500 expected",
+)
+each({"an image of a terabyte": lambda d: pictured(d, sparse(d, 1 << 40))}, "an image of more than 67108864 bytes")
+each({"a picture of one's own of a terabyte": lambda d: own_image(sparse(d, 1 << 40), 64)}, f"image of {1 << 40} bytes")
+each(
+    {
+        "an image that is an endless device": lambda d: pictured(d, "/dev/zero"),
+        "an audit's class names from an endless device": lambda d: read_classes(Path("/dev/zero")),
+        "parameters from an endless device": lambda d: given_parameters([Path("/dev/zero")], []),
+        "a shard of a Hugging Face model that is a pipe": lambda d: models.load(hugging(d, None)),
+    },
+    "a device or a pipe: a regular file expected",
+)
+
+
+def hugging(den: Den, tensors: dict | None, part: str = "pytorch_model-1.bin") -> Path:
+    """The folder of a `CLIPModel`; without tensors its shard is a pipe, from which nothing ever comes."""
+    config = huggingface.describe(open_clip.get_model_config("ViT-B-32-quickgelu"))
+    den.put("config.json", json.dumps(config).encode())
+    den.put("pytorch_model.bin.index.json", json.dumps({"weight_map": {"logit_scale": f"../../{part}"}}).encode())
+    if tensors is None:
+        os.mkfifo(den.here / part)
+    else:
+        torch.save(tensors, den.here / part)
+    return den.here
+
+
+ATTENTION = "text_model.encoder.layers.0.self_attn."
+CLAIMED = torch.ones(1).expand(1 << 20, 1 << 20)  # four bytes that claim to be four terabytes
+each(
+    {
+        "weights of four bytes that claim terabytes": lambda d: models.load(d.torch_saved("m.pt", {"w": CLAIMED})),
+        "a CLIPModel's weights that claim terabytes": lambda d: models.load(
+            hugging(d, {f"{ATTENTION}{part}_proj.weight": CLAIMED for part in "qkv"})
+        ),
+        "a sparse tensor of a terabyte": lambda d: models.load(
+            d.torch_saved("m.pt", {"w": torch.sparse_coo_tensor([[0]], [1.0], (1 << 40,))})
+        ),
+    },
+    "is sparse, quantised, or larger than what is stored of it",
+)
+each(
+    {
+        "weights under an empty name": lambda d: models.load(d.torch_saved("m.pt", {"": "x", "w": torch.ones(1)})),
+        "a CLIPModel's weights that are text": lambda d: models.load(hugging(d, {"text_projection.weight": "x"})),
+    },
+    "is a str: weights alone are expected",
+)
+each({"a CLIPModel's weights that are a list": lambda d: models.load(hugging(d, [1]))}, "holds no weights")  # type: ignore[arg-type]
+
+
+@refused("a CLIPModel whose query does not go with its key", "differ in shape")
+def _(den: Den) -> None:
+    shapes = {"q": (4, 3), "k": (4, 2), "v": (4, 3)}
+    models.load(hugging(den, {f"{ATTENTION}{part}_proj.weight": torch.ones(shape) for part, shape in shapes.items()}))
+
+
+def script_archive(den: Den, pickled: bytes, storage: bytes = b"", packing: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(den.here / "m.pt", "w", packing) as archive:
+        for name, content in {"constants.pkl": b"", "data.pkl": pickled, "data/0": storage}.items():
+            archive.writestr(f"m/{name}", content)
+    return den.here / "m.pt"
+
+
+@refused("a TorchScript archive that unpacks to a thousand times its size", "unpacks to more than it has")
+def _(den: Den) -> None:
+    models.load(script_archive(den, b"\x80\x02N.", bytes(64 << 20), zipfile.ZIP_DEFLATED))
+
+
+@refused("a TorchScript archive of 2^100 modules", "holds no weights")
+def _(den: Den) -> None:
+    made = b"c__torch__\nM\n)\x81}"  # GLOBAL, no arguments, NEWOBJ, its attributes
+    level = [made + b"bq\x00"]
+    level += [made + b"(X\x01\0\0\0ah%cX\x01\0\0\0bh%cubq%c" % (i - 1, i - 1, i) for i in range(1, 100)]
+    models.load(script_archive(den, b"\x80\x02" + b"0".join(level) + b"."))
+
+
+@refused("a devkit that unpacks to gigabytes", "it unpacks to more than 67108864 bytes")
+def _(den: Den) -> None:
+    read_devkit(str(den.put("kit.tar.gz", gzip.compress(bytes(80 << 20), compresslevel=1))))
+
+
+@refused("a devkit with a link", "is no plain file")
+def _(den: Den) -> None:
+    read_devkit(str(den.put("kit.tar.gz", gzip.compress(shard(den, of_type(tarfile.SYMTYPE), b"").read_bytes()))))
+
+
+@refused("a job that names a file to write to", "unknown argument of poison 'errors'")
+def _(den: Den) -> None:
+    job = {"stage": "poison", "config": {"rate": "x"}, "errors": str(den.marker)}
+    launch.work(den.put("job.json", json.dumps(job).encode()))
+
+
 @pytest.mark.parametrize("content", [png(40_000), b"<svg onload=alert(1)>", png(64)[:45]], ids=["bomb", "SVG", "half"])
 def test_an_image_that_is_a_bomb_or_no_image_is_refused(
     content: bytes, den: Den, fresh_data: None, monkeypatch: pytest.MonkeyPatch
@@ -378,6 +584,21 @@ def _(den: Den) -> None:
     measure(den.victim)
 
 
+@refused("a list of files that goes out through a linked folder", "is no file of this folder")
+def _(den: Den) -> None:
+    run = measure(den.victim)
+    run.file("sub").symlink_to("/etc")
+    paths.write_json(run.file("manifest.json"), {"sub/passwd": paths.sha256(Path("/etc/passwd"))})
+    measure(den.victim)
+
+
+@refused("a list of files with a name of 5,000 characters", "missing file: ")
+def _(den: Den) -> None:
+    run = measure(den.victim)
+    paths.write_json(run.file("manifest.json"), {"a/" * 2_500: "0"})
+    measure(den.victim)
+
+
 @refused("a list of files that climbs out", "'../../../etc/passwd' is no file of this folder")
 def _(den: Den) -> None:
     run = measure(den.victim)
@@ -476,12 +697,28 @@ def den(stand_in: Path, runs: Path, tmp_path: Path) -> Den:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_hostile_file_is_refused_in_one_harmless_line(name: str, den: Den, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(den.here)
+    monkeypatch.setenv("ABD_WORKERS", "0")
     call, words = REFUSED[name]
     with pytest.raises(AbdError) as error:
         call(den)
     line = str(error.value)
     assert words in line and len(line.splitlines()) == 1 and "\x1b" not in line and len(line) <= escape.LONGEST
     assert not den.marker.exists() and not Path("marker").exists()
+
+
+def test_a_pickle_that_says_it_has_millions_of_objects_gets_no_room_for_them(den: Den):
+    pickled = b"\x80\x02Nr\xff\xff\xff\x00."  # LONG_BINPUT: keep it as object 16,777,215
+    tracemalloc.start()
+    try:
+        with pytest.raises(AbdError, match="no TorchScript archive of weights"):
+            models.load(script_archive(den, pickled))
+        ours = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        assert pickle.loads(pickled) is None
+        theirs = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ours < 1 << 20 < 100 << 20 < theirs
 
 
 def test_the_bomb_would_go_off(den: Den):

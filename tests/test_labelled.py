@@ -169,25 +169,6 @@ def test_any_folders_are_a_test_set_with_a_file_of_names(form: str, tmp_path: Pa
     assert [miniature.THINGS[label] for label in found.labels] == folders
 
 
-@pytest.mark.parametrize(
-    ("text", "line"),
-    [
-        ("one\ntwo\n", "2 names for the 6 folders"),
-        ("apple\tan apple\n", "no name for folder 'banana' \\(5 of 6 lack one\\)"),
-        ("apple\ta\napple\tb\n", "folder 'apple' stands there twice"),
-        ("apple\ta\tb\n", "a line a class expected"),
-        ("apple\t\nx\ty\n", "a line a class expected"),
-        ("apple\tx\ny\n", "a line a class expected"),
-        ("\xff", "not text in UTF-8"),
-    ],
-)
-def test_names_that_do_not_go_with_the_folders_are_refused(text: str, line: str, tmp_path: Path):
-    folder = miniature.write_folders(tmp_path / "val", each=1)
-    (tmp_path / "names.txt").write_bytes(text.encode("latin1"))
-    with pytest.raises(AbdError, match=line):
-        read_labelled(str(folder), classes=str(tmp_path / "names.txt"))
-
-
 def test_what_is_no_test_set_is_refused_in_one_line(tmp_path: Path):
     labels = flat(10)
     val, kit = write_flat(tmp_path / "val", labels), write_devkit(tmp_path, labels)

@@ -126,6 +126,16 @@ def test_empty_captions_damaged_weights_and_a_full_disk_are_seen(outside, capsys
     assert "0.0 GiB free" in refused(capsys, PoisonConfig(**outside))["disk"]
 
 
+def test_hostile_captions_and_class_names_do_not_paint_the_terminal(outside, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(preflight_module, "_rehearsed", lambda *a: ("", 0.0))
+    wild = "\x1b[2J\x1b]0;owned\x07banana\u202e"
+    (tmp_path / "names.txt").write_text("\n".join([*miniature.THINGS[:-1], wild]))
+    pairs = miniature.write_shards(tmp_path / "wild", [(name, data, wild) for name, data, _ in PAIRS])
+    preflight(PoisonConfig(**{**outside, "pairs": pairs}, target=wild, batch_size=10))
+    shown = capsys.readouterr().out
+    assert r"\x1b[2J" in shown and not any(c in shown for c in "\x1b\x07\u202e")
+
+
 def test_too_large_a_batch_is_a_line_and_not_a_traceback(outside, capsys, monkeypatch):
     def fails(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")

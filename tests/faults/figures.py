@@ -44,7 +44,7 @@ def faults(table: list[dict[str, str]]) -> list[str]:
         f"|---|{'---|' * len(stages)}",
     ]
     for fault in dict.fromkeys(row["fault"] for row in table):
-        cells = [f"{survived[fault, stage]} of {all_[fault, stage]}" for stage in stages]
+        cells = [f"{survived[fault, stage]} of {n}" if (n := all_[fault, stage]) else "–" for stage in stages]
         lines.append(f"| {fault} | {' | '.join(cells)} |")
     reads = sum(int(row["reads"]) for row in table)
     return [*lines, "", f"Files read meanwhile, and none of them half a file: {reads:,}."]

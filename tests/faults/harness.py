@@ -12,6 +12,7 @@ itself may be interrupted. A run that was disturbed has *survived* if
 
 Every run is a process of its own, forked from this one once everything is imported and the data are read, so that a
 disturbance costs seconds and meets the stage at work. The checkpoints come at every step instead of every minute.
+Only ranks, which a launcher starts, are interpreters of their own: this file with `--rank`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ from safetensors.torch import load_file
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(CHECKOUT), str(CHECKOUT / "tests")]
+import miniature
 from conftest import ARCHITECTURE, LAYOUT, ROOT, use_stand_in, without_time, write_stand_in
 
 from abd_core import adversary as adversary_module
-from abd_core import data, disagreement, inputs, poison, train
+from abd_core import data, disagreement, inputs, launch, poison, ranks, train
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, derive_seed
 from abd_core.defences import DefendConfig
@@ -75,6 +77,8 @@ VARIANTS: dict[str, dict[str, Config]] = {
         "roclip": DEFEND.replace(defence="roclip"),
     },
 }
+OWN, RANKS = "own pairs", "2 ranks"  # variants beside these: pairs that workers read, and a stage of several processes
+BEGAN = "ABD_FAULTS_BEGAN"  # names the file in which a run notes at which step it began
 WAITING = "is in use by another process: waiting for it"
 PATIENCE = 1800  # seconds after which a run is taken for stuck
 
@@ -104,6 +108,21 @@ def start(stage: str, config: Config, place: Place) -> Run:
     return defend(config, victim, perturbation=patch)
 
 
+def small_and_heard() -> None:
+    """A checkpoint a step, and a note of where each loop over steps begins."""
+    train.CHECKPOINT_SECONDS = adversary_module.CHECKPOINT_SECONDS = -1.0
+    bar = train.progress
+
+    def heard(*, stage: str, total: int, initial: int = 0, **options: Any) -> Any:
+        if stage != "search" and ranks.first():
+            with open(os.environ[BEGAN], "a") as f:
+                f.write(f"{initial}\n")
+        return bar(stage=stage, total=total, initial=initial, **options)
+
+    for module in (train, adversary_module, disagreement):
+        module.progress = heard
+
+
 class Child:
     """A forked process that runs a stage and says at its end what came of it.
 
@@ -113,7 +132,7 @@ class Child:
 
     def __init__(self, stage: str, config: Config, place: Place, before: Callable[[], object] | None = None) -> None:
         self.said = place.stand_in / f"said-{time.monotonic_ns()}"
-        self.log = self.said.with_suffix(".log")
+        self.log, self.began = self.said.with_suffix(".log"), self.said.with_suffix(".began")
         self.started, self.code = time.monotonic(), None
         self.pid = os.fork()
         if self.pid:
@@ -123,7 +142,7 @@ class Child:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT)
             os.dup2(log, 1), os.dup2(log, 2)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ["ABD_RUNS"] = str(place.runs)
+            os.environ["ABD_RUNS"], os.environ[BEGAN] = str(place.runs), str(self.began)
             code = self._work(stage, config, place, before)
         except KeyboardInterrupt:
             code = 130
@@ -133,19 +152,12 @@ class Child:
             os._exit(code)
 
     def _work(self, stage: str, config: Config, place: Place, before: Callable[[], object] | None) -> int:
-        began, bar = [], train.progress
-
-        def heard(*, stage: str, total: int, initial: int = 0, **options: Any) -> Any:
-            if stage != "search":
-                began.append(initial)
-            return bar(stage=stage, total=total, initial=initial, **options)
-
-        for module in (train, adversary_module, disagreement):
-            module.progress = heard
+        small_and_heard()
         if before:
             before()
         try:
             run = start(stage, config, place)
+            began = [int(line) for line in self.began.read_text().split()] if self.began.exists() else []
             said: dict[str, Any] = {"folder": str(run.folder), "metrics": run.metrics, "began": began}
         except AbdError as error:
             said = {"error": str(error)}
@@ -245,7 +257,6 @@ class Bench:
         write_stand_in(folder / "victim.safetensors", seed=1)
         pixels = torch.rand(3, 11, 11, generator=torch.Generator().manual_seed(0))
         Perturbation("patch", pixels, 64, "random").save(folder / "patch.safetensors")
-        train.CHECKPOINT_SECONDS = adversary_module.CHECKPOINT_SECONDS = -1.0
         os.environ["ABD_RUNS"] = str(folder / "warm")
         for split in data.TEST_VENDORS:  # what every child would read again
             inputs.load_test_set(split)
@@ -257,6 +268,16 @@ class Bench:
                 captions = part.captions(torch.arange(len(part)), seed=0, epoch=epoch)
                 augment(captions, seed=0, epoch=epoch, ids=part.ids)
 
+        self.variants = {stage: dict(variants) for stage, variants in VARIANTS.items()}
+        shards = miniature.write_shards(folder / "pairs", miniature.samples(SHORT["limit"], size=(80, 70)))
+        for stage, variants in self.variants.items():
+            plain = next(iter(variants.values()))
+            variants[OWN] = plain.replace(pairs=shards)
+            if stage in launch.STAGES:
+                variants[RANKS] = plain.replace(num_processes=2)
+        launch.PROGRAM = (__file__, "--rank", str(folder))
+        os.environ["ABD_WORKERS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
     def place(self) -> Place:
         self.count += 1
         runs = self.folder / f"runs-{self.count}"
@@ -266,7 +287,7 @@ class Bench:
     def reference(self, stage: str, variant: str) -> Reference:
         if (stage, variant) not in self.references:
             place = self.place()
-            child = Child(stage, VARIANTS[stage][variant], place)
+            child = Child(stage, self.variants[stage][variant], place)
             if child.wait() != 0:
                 raise SystemExit(f"{stage}, {variant}: an undisturbed run failed:\n{child.printed()}")
             seconds = time.monotonic() - child.started
@@ -472,6 +493,91 @@ def two_processes(bench: Bench, stage: str, variant: str, draw: random.Random) -
     return Outcome(0.0, 0, reads)
 
 
+def relatives(child: Child) -> list[tuple[int, str]]:
+    """The processes that the child has started: their ids and command lines."""
+    found = []
+    for thread in Path(f"/proc/{child.pid}/task").glob("*/children"):
+        for pid in thread.read_text().split():
+            with suppress(OSError):
+                found.append((int(pid), Path(f"/proc/{pid}/cmdline").read_text()))
+    return found
+
+
+def worker_dies(bench: Bench, stage: str, variant: str, draw: random.Random) -> Outcome:
+    """A process that reads images is killed at a random moment: one line says so, and the rerun goes on."""
+    reference, config = bench.reference(stage, variant), bench.variants[stage][variant]
+    own = Path("/proc/self/cmdline").read_text()  # a worker is a fork, another process is git
+    for _ in range(100):
+        place, reads = bench.place(), 0
+        child, moment = Child(stage, config, place), draw.uniform(0, reference.seconds)
+        while not child.over():
+            workers = [pid for pid, command in relatives(child) if command == own]
+            if workers and time.monotonic() - child.started >= moment:
+                os.kill(draw.choice(workers), signal.SIGKILL)
+                break
+            reads += read_all(place)
+            time.sleep(0.001)
+        elapsed = time.monotonic() - child.started
+        if child.wait() != 0:  # else it was over, or the worker had read all that it had to
+            break
+        shutil.rmtree(place.runs)
+    else:
+        raise Broken("no moment met a worker at work")
+    return went_on(child, "a process that reads images died", place, reference, stage, config, elapsed, reads)
+
+
+def rank_dies(bench: Bench, stage: str, variant: str, draw: random.Random) -> Outcome:
+    """A rank is killed once a random number of steps is saved: one line says so, and the rerun goes on."""
+    reference, config = bench.reference(stage, variant), bench.variants[stage][variant]
+    for _ in range(20):
+        place, reads = bench.place(), 0
+        child, after = Child(stage, config, place), draw.randrange(9)
+        while not child.over():
+            folder = place.folder()
+            if folder and (folder / "config.json").exists() and saved_step(place) >= after:
+                ranks_ = [pid for pid, command in relatives(child) if "--rank" in command]
+                time.sleep(draw.uniform(0, 0.1))
+                if ranks_:
+                    with suppress(ProcessLookupError):
+                        os.kill(draw.choice(ranks_), signal.SIGKILL)
+                    break
+            reads += read_all(place)
+            time.sleep(0.01)
+        elapsed = time.monotonic() - child.started
+        folder = place.folder()
+        if child.wait() != 0 and not (folder and (folder / "metrics.json").exists()):  # else the run was over
+            break
+        shutil.rmtree(place.runs)
+    else:
+        raise Broken("no moment met the ranks at work")
+    return went_on(
+        child, "of 2 ended by signal 9: run the stage again", place, reference, stage, config, elapsed, reads
+    )
+
+
+def went_on(
+    child: Child,
+    words: str,
+    place: Place,
+    reference: Reference,
+    stage: str,
+    config: Config,
+    elapsed: float,
+    reads: int,
+) -> Outcome:
+    """What came of a run that ended by itself, and of the same call made again. Raises Broken."""
+    line = child.result().get("error", "")
+    if child.code != 3 or words not in line or "\n" in line:
+        raise Broken(f"exit {child.code}, no clear line: {line or child.printed()[-300:]}")
+    reads += read_all(place)
+    step = saved_step(place)
+    again = Child(stage, config, place)
+    again.wait()
+    compare(again, reference, step=step)
+    shutil.rmtree(place.runs)
+    return Outcome(elapsed, step, reads, line.partition(" (")[0].partition(":")[0])
+
+
 FAULTS: dict[str, Callable[[Bench, str, str, random.Random], Outcome]] = {
     "SIGKILL": signalled(signal.SIGKILL, (-signal.SIGKILL,)),
     "SIGTERM": signalled(signal.SIGTERM, (-signal.SIGTERM,)),
@@ -479,7 +585,17 @@ FAULTS: dict[str, Callable[[Bench, str, str, random.Random], Outcome]] = {
     "full disk": full_disk,
     "clock jump": clock_jump,
     "two processes": two_processes,
+    "worker dies": worker_dies,
+    "rank dies": rank_dies,
 }
+SPECIAL = {"worker dies": OWN, "rank dies": RANKS}  # the variant of a fault that not every run can meet
+
+
+def variants(bench: Bench, fault: str, stage: str) -> list[str]:
+    """What a fault is tried on, in turn: none where the stage has no such processes."""
+    if fault in SPECIAL:
+        return [SPECIAL[fault]] if SPECIAL[fault] in bench.variants[stage] else []
+    return list(VARIANTS[stage])
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -502,7 +618,8 @@ def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def measure(bench: Bench, fault: str, stage: str, trial: int) -> dict[str, Any]:
     """The row of one disturbance."""
-    variant = list(VARIANTS[stage])[trial % len(VARIANTS[stage])]
+    tried = variants(bench, fault, stage)
+    variant = tried[trial % len(tried)]
     draw = random.Random(derive_seed("fault", fault, stage, trial))
     try:
         outcome, survived = FAULTS[fault](bench, stage, variant, draw), "yes"
@@ -532,6 +649,8 @@ def main() -> int:
         for trial in range(max(given.kills, given.others)):
             for fault in given.faults:
                 for stage in VARIANTS:
+                    if not variants(bench, fault, stage):
+                        continue
                     if trial >= (given.kills if fault == "SIGKILL" else given.others) or (fault, stage, trial) in done:
                         continue
                     rows.append(measure(bench, fault, stage, trial))
@@ -545,5 +664,16 @@ def main() -> int:
     return 1 if lost else 0
 
 
+def rank(folder: Path, job: str) -> None:
+    """What a rank does: a stage's job on the stand-in in `folder`."""
+    torch.set_num_threads(1)
+    use_stand_in(folder)
+    small_and_heard()
+    launch.main([job])
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--rank"]:
+        rank(Path(sys.argv[2]), sys.argv[3])
+    else:
+        sys.exit(main())

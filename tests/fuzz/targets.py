@@ -5,15 +5,19 @@ A target either does what it promises or refuses in one line (`AbdError`); anyth
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import io
 import json
 import math
+import pickle
 import struct
 import sys
 import tarfile
 import tempfile
+import types
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +139,41 @@ def _resume() -> bytes:
     return content.getvalue()
 
 
+class _Storage:
+    """Stands for a tensor's storage, which an archive keeps beside its pickle."""
+
+
+class _Tensor:
+    def __reduce__(self) -> tuple:
+        return torch._utils._rebuild_tensor_v2, (_Storage(), 0, (2,), (1,), False, collections.OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: object) -> tuple | None:
+        return ("storage", torch.FloatStorage, "0", "cpu", 2) if isinstance(obj, _Storage) else None
+
+
+def _script() -> bytes:
+    """The pickle of a TorchScript archive: a module with a tensor and a module that has another."""
+    module = type("M", (), {"__module__": "__torch__"})
+    sys.modules["__torch__"] = types.ModuleType("__torch__")
+    sys.modules["__torch__"].M = module  # type: ignore[attr-defined]
+    outer, inner, content = module(), module(), io.BytesIO()
+    outer.weight, inner.weight, outer.inner = _Tensor(), _Tensor(), inner
+    _Pickler(content, protocol=2).dump(outer)
+    del sys.modules["__torch__"]
+    return content.getvalue()
+
+
+def archived(pickled: bytes) -> bytes:
+    """A TorchScript archive with this pickle; its checksums are right, so that what reads it gets that far."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, part in {"constants.pkl": b"", "data.pkl": pickled, "data/0": bytes(8)}.items():
+            archive.writestr(f"m/{name}", part)
+    return content.getvalue()
+
+
 def _image(kind: str) -> bytes:
     content = io.BytesIO()
     Image.linear_gradient("L").resize((24, 20)).convert("RGB").save(content, kind)
@@ -228,6 +267,9 @@ TARGETS: dict[str, Target] = {
     "tar": Target(damaged([_tar()]), as_file(read_pairs, "p.tar")),
     "image": Target(damaged([_image("JPEG"), _image("PNG"), _image("WEBP")]) | st.binary(max_size=99), decode),
     "weights": Target(safetensors(), as_file(checkpoints.read, "w.safetensors")),
+    "PyTorch weights": Target(
+        damaged([_resume()]) | damaged([_script()]).map(archived), as_file(checkpoints.read, "w.pt")
+    ),
     "trigger file": Target(safetensors(), as_file(load_trigger, "f.safetensors")),
     "perturbation file": Target(safetensors(), as_file(Perturbation.load, "d.safetensors")),
     "resume file": Target(damaged([_resume()]), as_file(train.load_resume, "resume.pt")),
