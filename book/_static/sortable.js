@@ -1,4 +1,4 @@
-// Long tables made by pandas can be sorted by a click on a header; wide ones scroll with the keyboard.
+// Long tables made by pandas can be sorted by a click on a header; what is too wide scrolls with the keyboard.
 (() => {
   const LONG = 8; // rows
 
@@ -65,6 +65,8 @@
 
   document.addEventListener("DOMContentLoaded", () => {
     document.querySelectorAll("table.dataframe").forEach(prepare);
-    document.querySelectorAll(".bd-article table, .bd-article .output, .bd-article div:has(> table)").forEach(reach);
+    document
+      .querySelectorAll(".bd-article table, .bd-article .output, .bd-article div:has(> table), .bd-article figure")
+      .forEach(reach);
   });
 })();
