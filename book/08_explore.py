@@ -124,6 +124,8 @@ print(f"a move of a slider: {statistics.median(times):.0f} ms")
 #
 # </details>
 #
+# In the code: [`abd_core.explore`](api.md#abd_coreexplore), [`abd_core.triggers`](api.md#abd_coretriggers).
+#
 # **What was learnt.** A backdoor is a narrow thing: it answers to the trigger that it was taught, and how much of a change it bears
 # can be read off picture by picture. What a defence has done shows the same way, as the target's bar under *defended*. One
 # picture proves nothing about the other nine hundred and ninety-nine; for that there are chapters 4 and 5.
