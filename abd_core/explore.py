@@ -67,7 +67,8 @@ STYLE = """<style>
 .abd-frames label{margin:0}
 .abd-frames>span{display:inline-block;margin-right:.9rem;white-space:nowrap}
 @supports selector(:has(a)){.abd-frames>div{display:none}}
-@media print{.abd-frames>div{display:block}}
+@media print{.abd-frames>span{display:none}.abd-frames>div{display:block}}
+@media print{.abd-frames>div::before{content:attr(data-shown)}}
 </style>"""
 
 
@@ -420,7 +421,7 @@ def frames(shown: Mapping[str, str], *, legend: str) -> str:
             f'<span><input type="radio" name="{name}" id="{key}"{checked}>'
             f'<label for="{key}">{html.escape(label)}</label></span>'
         )
-        panels.append(f"<div>{content}</div>")
+        panels.append(f'<div data-shown="{html.escape(label)}">{content}</div>')
         rules.append(f".abd-frames:has(#{key}:checked)>div:nth-of-type({i + 1}){{display:block}}")
     return (
         f'<fieldset class="abd-frames"><style>{"".join(rules)}</style><legend>{html.escape(legend)}</legend>'

@@ -61,7 +61,8 @@ explore.explorer(attacker, searcher, defender, label=config.label, image=config.
 # ## Neighbours
 #
 # A model knows a picture by what lies near it. These are the clean test pictures nearest to the chosen one, in each model's
-# space of image features. Where a backdoor is at work, the triggered picture lies among pictures of the target.
+# space of image features. Where a backdoor is at work, the triggered picture leaves its own kind. It was tied to the target's
+# captions and not to its pictures, so it need not lie among those.
 
 # %%
 case = explore.load_case(attacker, searcher, defender)
