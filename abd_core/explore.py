@@ -49,7 +49,7 @@ STRENGTHS = {"alpha": 1.0, "amplitude": 1.0, "strength": 8.0}  # a trigger's set
 STYLE = """<style>
 .abd-look{display:flex;flex-wrap:wrap;gap:1rem;margin:.5rem 0}
 .abd-look figure{margin:0;flex:1 1 13rem;max-width:22rem;min-width:0}
-.abd-look img{width:8rem;max-width:100%;height:auto;image-rendering:pixelated;background:none;border-radius:0}
+.abd-look img{width:8rem;max-width:100%;margin:0;height:auto;image-rendering:pixelated;background:none;border-radius:0}
 .abd-look figcaption{font-weight:600;text-align:left;color:inherit}
 .abd-strip{display:flex;flex-wrap:wrap;gap:.4rem}
 .abd-strip img{width:4rem;height:auto;image-rendering:pixelated;background:none;border-radius:0}
@@ -65,9 +65,11 @@ STYLE = """<style>
 .abd-frames{border:1px solid rgba(127,127,127,.4);border-radius:.4rem;padding:.4rem .8rem;margin:.5rem 0;min-width:0}
 .abd-frames legend{font-size:.9rem;width:auto;padding:0 .3rem;margin:0;float:none}
 .abd-frames input{margin:0 .2rem 0 0}
-.abd-frames label{margin-right:.9rem}
-.abd-frames>div{display:none}
-@media print{.abd-frames>div{display:block}}
+.abd-frames label{margin:0}
+.abd-frames>span{display:inline-block;margin-right:.9rem;white-space:nowrap}
+@supports selector(:has(a)){.abd-frames>div{display:none}}
+@media print{.abd-frames>span{display:none}.abd-frames>div{display:block}}
+@media print{.abd-frames>div::before{content:attr(data-shown)}}
 </style>"""
 
 
@@ -409,17 +411,21 @@ _NUMBERS = itertools.count()
 
 
 def frames(shown: Mapping[str, str], *, legend: str) -> str:
-    """Ready HTML to choose from by radio buttons, without a kernel and without a script; on paper all of it shows."""
+    """Ready HTML to choose from by radio buttons, without a kernel and without a script.
+
+    On paper, and in a browser too old for the rules, all of it shows.
+    """
     name = f"abd-{next(_NUMBERS)}"
     inputs, panels, rules = [], [], []
     for i, (label, content) in enumerate(shown.items()):
         key = f"{name}-{i}"
         checked = " checked" if i == 0 else ""
         inputs.append(
-            f'<input type="radio" name="{name}" id="{key}"{checked}><label for="{key}">{escape.markup(label)}</label>'
+            f'<span><input type="radio" name="{name}" id="{key}"{checked}>'
+            f'<label for="{key}">{escape.markup(label)}</label></span>'
         )
-        panels.append(f"<div>{content}</div>")
-        rules.append(f"#{key}:checked~div:nth-of-type({i + 1}){{display:block}}")
+        panels.append(f'<div data-shown="{escape.markup(label)}">{content}</div>')
+        rules.append(f".abd-frames:has(#{key}:checked)>div:nth-of-type({i + 1}){{display:block}}")
     return (
         f'<fieldset class="abd-frames"><style>{"".join(rules)}</style><legend>{escape.markup(legend)}</legend>'
         f"{''.join(inputs)}{''.join(panels)}</fieldset>"
@@ -442,11 +448,11 @@ def interactive(
     """
     start = {name: control.value for name, control in controls.items()}
     if static():
-        chosen = {
-            f"{controls[name].description or name} {value}": draw(**{**start, name: value})
-            for name, values in stills.items()
-            for value in values
-        }
+        chosen = {}
+        for name, values in stills.items():
+            what, _, unit = (controls[name].description or name).partition(", ")
+            for value in values:
+                chosen[f"{what} {value} {unit}".strip()] = draw(**{**start, name: value})
         return HTML(STYLE + frames(chosen, legend=legend))
     shown = widgets.HTML(STYLE + draw(**start))
 

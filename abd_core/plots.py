@@ -16,6 +16,7 @@ import torch
 from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from abd_core import escape
 from abd_core.evaluate import Rate
@@ -190,9 +191,12 @@ def replication_table(results: pd.DataFrame, again: pd.DataFrame) -> pd.DataFram
     )
 
 
+MARKERS = "o^DvP*X<>p"  # no square: that is for what does not compete
+
+
 def _colours(labels: Sequence[str]) -> dict[str, Any]:
-    palette = sns.color_palette("colorblind" if len(labels) <= 10 else "husl", len(labels))
-    return dict(zip(labels, palette, strict=True))
+    """Colours of the colour-blind-safe palette; from the eleventh label on they come again."""
+    return dict(zip(labels, itertools.cycle(sns.color_palette("colorblind")), strict=False))
 
 
 def _without_rows(title: str) -> Figure:
@@ -209,8 +213,8 @@ def plane(
 ) -> Figure:
     """CA against ASR, a panel an attack: lower right is better.
 
-    Seeds are faint, means bold with their intervals, the paper's points hollow. The line is the Pareto front of the
-    rivals' means; defences `aside` are squares and do not compete for it.
+    Seeds are faint, means bold with their intervals, the paper's points hollow. Every rival has a colour and a shape of
+    its own. The line is the Pareto front of the rivals' means; defences `aside` are squares and do not compete for it.
     """
     xy = ["ca_top1", "asr"]
     results = results[results["metric"].isin(xy) & results["attack"].isin(list(attacks))]
@@ -218,9 +222,10 @@ def plane(
         return _without_rows(title)
     summary = 100 * means(results)[["mean", "half", "paper"]].unstack("metric")
     runs = 100 * results.pivot(index=["attack", "defence", "seed"], columns="metric", values="value")
-    colours, columns = _colours([*rivals, *aside]), min(3, len(attacks))
+    colours, columns = _colours(rivals) | _colours(aside), min(2, len(attacks))
+    markers = dict(zip(rivals, itertools.cycle(MARKERS), strict=False))
     rows = math.ceil(len(attacks) / columns)
-    size = (4 * columns + 1.8, 3.9 * rows)
+    size = (3.9 * columns + 1.8, 3.6 * rows)
     figure, grid = plt.subplots(
         rows, columns, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
@@ -228,7 +233,7 @@ def plane(
         for name, colour in colours.items():
             if (attack, name) not in summary.index:
                 continue
-            cell, marker = summary.loc[(attack, name)], "s" if name in aside else "o"
+            cell, marker = summary.loc[(attack, name)], markers.get(name, "s")
             axes.plot(*runs.loc[(attack, name)][xy].T.to_numpy(), marker, color=colour, alpha=0.3, ms=5, mew=0)
             error = dict(zip(("xerr", "yerr"), cell["half"][xy], strict=True))
             axes.errorbar(*cell["mean"][xy], **error, fmt=marker, color=colour, ms=8, elinewidth=1, label=name)
@@ -351,6 +356,8 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
 def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     """Ratios to a case's first variant, a panel a device and a bar a variant; to the right of 1 is better than it.
 
+    Panels stand below one another, since a page is narrower than two of them.
+
     Args:
         benchmarks: rows as `results.read_benchmarks` gives them.
     """
@@ -358,17 +365,18 @@ def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     if rows.empty:
         return _without_rows(title)
     devices = list(rows["device"].unique())
-    height = 1 + 0.22 * max(len(rows[rows["device"] == device]) for device in devices)
+    heights = [1 + 0.22 * len(rows[rows["device"] == device]) for device in devices]
     figure, grid = plt.subplots(
-        1, len(devices), figsize=(9 * len(devices), height), squeeze=False, layout="constrained"
+        len(devices), 1, figsize=(9, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
     colours = _colours(list(rows["variant"].unique()))
-    for axes, device in zip(grid[0], devices, strict=True):
+    for axes, device in zip(grid[:, 0], devices, strict=True):
         part = rows[rows["device"] == device]
-        sns.barplot(part, y="case", x="ratio", hue="variant", palette=colours, ax=axes, legend=device == devices[0])
+        sns.barplot(part, y="case", x="ratio", hue="variant", palette=colours, ax=axes, legend=False)
         axes.axvline(1, color="0.3", linewidth=1)
         axes.set(xlabel=f"{metric}: times better than the first", ylabel="", title=escape.figure(device))
-    grid[0, 0].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    handles = [Patch(color=colour, label=variant) for variant, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False)
     figure.suptitle(escape.figure(title))
     return figure
 
@@ -383,9 +391,9 @@ def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str
     """
     devices = list(benchmarks["device"].unique())
     figure, grid = plt.subplots(
-        1, max(1, len(devices)), figsize=(7 * max(1, len(devices)), 5), squeeze=False, layout="constrained"
+        max(1, len(devices)), 1, figsize=(9, 4.2 * max(1, len(devices))), squeeze=False, layout="constrained"
     )
-    for axes, device in zip(grid[0], devices, strict=False):
+    for axes, device in zip(grid[:, 0], devices, strict=False):
         rows = benchmarks[benchmarks["device"] == device]
         for (name, case), part in rows.groupby(["benchmark", "case"], sort=False):
             figures = part.set_index("metric")["value"]
@@ -407,7 +415,7 @@ def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str
             ylabel="GFLOP/s",
             title=escape.figure(device),
         )
-        axes.legend(fontsize="x-small", frameon=False)
+        axes.legend(fontsize="small", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(escape.figure(title))
     return figure
 
@@ -437,8 +445,13 @@ def amplified(delta: torch.Tensor) -> torch.Tensor:
 
 def curves(history: pd.DataFrame, *, x: str, panels: Sequence[Sequence[str]], title: str, window: int = 1) -> Figure:
     """Loss curves, a panel for each group of columns; `window` smooths by a running mean."""
-    figure, grid = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.1), squeeze=False, layout="constrained")
-    for axes, columns in zip(grid[0], panels, strict=True):
+    across = 3 if len(panels) == 3 else min(2, len(panels))
+    down = math.ceil(len(panels) / across)
+    size = (min(4.6 * across, 10), 2.9 * down)
+    figure, grid = plt.subplots(down, across, figsize=size, squeeze=False, layout="constrained")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes, columns in zip(grid.flat, panels, strict=False):
         for column in columns:
             axes.plot(history[x], history[column].rolling(window, min_periods=1).mean(), label=column.replace("_", " "))
         axes.set(xlabel=x, ylabel=columns[0].replace("_", " ") if len(columns) == 1 else "loss")
@@ -515,7 +528,7 @@ def clouds(
         panels: model -> cloud -> coordinates (N, 2).
         shares: model -> share of the variance on either axis, (2,).
     """
-    figure, grid = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.2), squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(1, len(panels), figsize=(3.2 * len(panels), 3.9), squeeze=False, layout="constrained")
     for axes, (model, sets) in zip(grid[0], panels.items(), strict=True):
         start = next(iter(sets.values())).mean(0).tolist()
         for i, (label, points) in enumerate(sets.items()):
@@ -526,6 +539,7 @@ def clouds(
                 axes.annotate("", xy=points.mean(0).tolist(), xytext=start, arrowprops={**look, "shrinkA": 0})
         first, second = (f"axis {i + 1}: {share:.0%} of the variance" for i, share in enumerate(shares[model].tolist()))
         axes.set(title=model, xlabel=first, ylabel=second, aspect="equal")
-    grid[0][-1].legend(frameon=False, markerscale=3, loc="upper left", bbox_to_anchor=(1, 1))
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, markerscale=3, ncols=len(labels), loc="outside lower center")
     figure.suptitle(escape.figure(title))
     return figure

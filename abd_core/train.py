@@ -7,6 +7,7 @@ Every random draw is a function of (seed, epoch, step), so a resume file needs w
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 import zipfile
@@ -86,7 +87,7 @@ def progress(*, stage: str, total: int, initial: int = 0, unit: str = "step") ->
     """
     if not ranks.first():
         return NoBar()
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    watched = sys.stderr.isatty() or ("ipykernel" in sys.modules and "CI" not in os.environ)  # hosts of CI set it
     return tqdm(desc=stage, total=total, initial=initial, unit=unit, ncols=80, mininterval=1 if watched else 10)
 
 

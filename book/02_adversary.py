@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 2. Adversary: one perturbation that the victim takes for its backdoor
+# # 2. Adversary: one perturbation, in search of the backdoor
 #
 # **Question.** Can somebody who knows neither trigger nor target find a pattern that moves the victim's features the way the trigger does?
 #
@@ -124,7 +124,8 @@ shifts = {
     for name, model in encoders.items()
 }
 table = pd.concat(shifts, names=["model"]).reset_index("model")
-plots.estimates(table, index="measure", columns="model", digits=3).rename_axis("[95 % interval]")
+moves = plots.estimates(table, index="measure", columns="model", digits=3).rename_axis("[95 % interval]")
+moves
 
 # %% [markdown]
 # ## How much of it does it take?
@@ -136,6 +137,14 @@ from abd_core.explore import Case, picture_widget
 
 case = Case(trigger, perturbation, encoders, test_set, "perturbed pictures")
 picture_widget(case, "cat", views=("clean", "perturbed"), only=("amount",))
+
+# %% [markdown]
+# ## Summary
+
+# %% tags=["summary"]
+for name, named in answers.items():
+    print(f"{name}: takes {(named == trigger.target).mean():.1%} of the perturbed images for {trigger.target!r}")
+print("cosine of the mean shifts in the victim:", moves.loc["cosine of the mean shifts", "victim"])
 
 # %% [markdown]
 # <details><summary><b>Exercise.</b> Set <code>backdoor_weight</code> to 0, and to -1. In which of the three runs do the victim's
@@ -150,5 +159,6 @@ picture_widget(case, "cat", views=("clean", "perturbed"), only=("amount",))
 #
 # In the code: [`abd_core.adversary`](api.md#abd_coreadversary), [`abd_core.generator`](api.md#abd_coregenerator), [`abd_core.losses`](api.md#abd_corelosses).
 #
-# **What was learnt.** The tables above say how much of the backdoor the perturbation shares at these settings. Whether that is what makes the
-# defence work is another question: controls (a patch of plain noise, random erasing) have to show it, in [chapter 5](05_ablations).
+# **What was learnt.** A pattern that leads images astray is soon found; one that leads them where the trigger does is another matter. The
+# summary says how much of the backdoor the perturbation shares at these settings. Whether that is what makes the defence work is a
+# further question: controls (a patch of plain noise, random erasing) have to show it, in [chapter 5](05_ablations).

@@ -169,7 +169,7 @@ plots.bullets(findings(varied))
 # structure, which are known to be harder to clean {cite}`singh2024par`.
 
 # %%
-plots.table(grid, beyond, defences)
+plots.table(grid, beyond, defences) if beyond else Markdown("No rows yet.")
 
 # %% mystnb={"figure": {"caption": "Attack success rate in %, darker is worse. The paper has the first columns only."}, "image": {"alt": "Heat map of attack success, a row a defence and a column an attack"}}
 plots.matrix(grid, defences, [*in_paper, *beyond], title="ASR, mean ± half the 95 % interval over seeds");

@@ -98,7 +98,7 @@ plots.bullets(claims(backdoor_loss))
 # | the place of a patch | drawn for each image | fixed, as AdvCLIP's |
 # | the images in Eq. (2) | the perturbed one through both encoders | the clean one through the normal encoder |
 # | its sign | draws the encoders together | drives them apart; without it |
-# | its other images $x_i$ | features of the victim | features of the normal encoder |
+# | the other images in it | features of the victim | features of the normal encoder |
 # | the temperature | AdvCLIP's | another; the model's own |
 # | perturbed images | in the place of the clean ones | beside them, both views in the batch |
 # | BatchNorm in fine-tuning | the victim's statistics, frozen | statistics of the batch |

@@ -234,7 +234,7 @@ neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), "cat")
 # ## Summary
 
 # %% mystnb={"figure": {"caption": "The chapter in one figure; diamonds are the paper's values."}, "image": {"alt": "Three panels with intervals: cosines of images and captions, cosines of shifts, and shares that moved to the target"}}
-figure, grid = plt.subplots(1, 3, figsize=(14, 4.5), width_ratios=(2, 1, 1), layout="constrained")
+figure, grid = plt.subplots(1, 3, figsize=(10.5, 4.8), width_ratios=(2, 1, 1), layout="constrained")
 plots.intervals(grid[0], means, row="pairing")
 plots.intervals(grid[1], shifts[shifts["measure"].str.contains("cosine")], row="measure")
 plots.intervals(grid[2], drifted[drifted["measure"] == "moved to the target, %"], row="images")

@@ -61,7 +61,8 @@ explore.explorer(attacker, searcher, defender, label=config.label, image=config.
 # ## Neighbours
 #
 # A model knows a picture by what lies near it. These are the clean test pictures nearest to the chosen one, in each model's
-# space of image features. Where a backdoor is at work, the triggered picture lies among pictures of the target.
+# space of image features. Where a backdoor is at work, the triggered picture leaves its own kind. It was tied to the target's
+# captions and not to its pictures, so it need not lie among those.
 
 # %%
 case = explore.load_case(attacker, searcher, defender)
@@ -123,6 +124,8 @@ print(f"a move of a slider: {statistics.median(times):.0f} ms")
 # and another attack, before you believe it.
 #
 # </details>
+#
+# In the code: [`abd_core.explore`](api.md#abd_coreexplore), [`abd_core.triggers`](api.md#abd_coretriggers).
 #
 # **What was learnt.** A backdoor is a narrow thing: it answers to the trigger that it was taught, and how much of a change it bears
 # can be read off picture by picture. What a defence has done shows the same way, as the target's bar under *defended*. One

@@ -87,7 +87,8 @@ for axis, share, mask in zip(axes, shares, drift.masks[::9], strict=False):
     axis.imshow(share, vmin=0, vmax=1, cmap="magma")
     axis.set(title=f"patch of {int(mask.sum() ** 0.5)} px", xticks=[], yticks=[])
     for place, value in enumerate(share.flatten().tolist()):
-        axis.text(place % 3, place // 3, f"{100 * value:.0f} %", ha="center", va="center", color="grey")
+        ink = "black" if value > 0.6 else "white"
+        axis.text(place % 3, place // 3, f"{100 * value:.0f} %", ha="center", va="center", color=ink)
 for axis, (name, shown_picture) in zip(axes[len(shares) :], picture(run).items(), strict=True):
     axis.imshow(shown_picture)
     axis.set(title=name, xticks=[], yticks=[])

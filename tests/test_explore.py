@@ -195,7 +195,9 @@ def test_a_static_page_has_stills_and_no_widget(case, monkeypatch):
         assert len(keys) >= 3 and len({name for name, _ in keys}) == 1
         assert still.data.count(" checked>") == 1
         assert all(f'<label for="{key}">' in still.data and f"#{key}:checked" in still.data for _, key in keys)
-    stills = shown[0].data.split('<div class="abd-look">')[1:]
+        labels = re.findall(r'<label for="[^"]+">(.*?)</label>', still.data)
+        assert labels == re.findall(r'<div data-shown="([^"]+)">', still.data)  # on paper, where there are no buttons
+    stills = re.findall(r'<div class="abd-look">(.*?)</div></div>', shown[0].data)
     assert len(set(stills)) == len(stills) - 1  # all differ but the two that are as it is
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,3 +320,13 @@ def test_weights_that_are_no_numbers_stop_the_run_and_are_named(
 def test_fewer_pairs_than_a_batch_are_refused(count: int, tmp_path: Path):
     with pytest.raises(ConfigError, match=f"batch_size = 4: at most {count} expected"):
         fit(Toy(), toy_loss(Toy()), count=count, config=CONFIG, folder=tmp_path, stage="toy")
+
+
+def test_a_bar_is_redrawn_seldom_in_the_log_of_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.delenv("CI", raising=False)
+    with train.progress(stage="a stage", total=1) as watched:
+        assert watched.mininterval == 1
+    monkeypatch.setenv("CI", "true")
+    with train.progress(stage="a stage", total=1) as logged:
+        assert logged.mininterval == 10

@@ -132,5 +132,5 @@ def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("source-read", fill)
     app.connect("html-page-context", describe)
     app.connect("build-finished", repair)
-    app.add_js_file("sortable.js")
+    app.add_js_file("page.js")
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -69,7 +69,7 @@ def site(built_book: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        started = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield started
         started.close()
 
@@ -185,77 +185,109 @@ def test_formulas_are_set_without_a_network(browser, site):
 # --- JupyterLab
 
 SMOKE = {"poison_epochs": 1, "limit": 256, "steps": 2, "epochs": 1}
+# Chapter -> the control that is moved, and which of the pictures it changes.
+MOVED = {
+    "08_explore": ("size, px", 1),
+    "01_poison": ("size, px", 1),
+    "02_adversary": ("amount, %", 1),
+    "03_defend": ("size, px", 1),
+    "06_similarity": ("view", 0),
+}
 
 
-def smoke(path: Path) -> None:
-    """The chapter at smoke size, its outputs cleared."""
-    notebook = nbformat.read(ROOT / "book" / "08_explore.ipynb", as_version=4)
+TOKEN = "only-on-this-machine"
+
+
+def api(address: str, path: str, method: str = "GET") -> Any:
+    """An answer of JupyterLab's server."""
+    headers = {"Authorization": f"token {TOKEN}"}
+    return urllib.request.urlopen(
+        urllib.request.Request(f"{address}/api/{path}", method=method, headers=headers), timeout=9
+    )
+
+
+def cleared(name: str, path: Path) -> None:
+    """A chapter without outputs, at smoke size unless finished runs are given (`ABD_LAB_RUNS`)."""
+    notebook = nbformat.read(ROOT / "book" / f"{name}.ipynb", as_version=4)
+    small = {} if "ABD_LAB_RUNS" in os.environ else SMOKE
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
             if "parameters" in cell.metadata.get("tags", []):
-                cell.source += "\n" + "\n".join(f"{name} = {value!r}" for name, value in SMOKE.items())
+                own = [f"{key} = {value!r}" for key, value in small.items() if f"\n{key}: " in cell.source]
+                cell.source = "\n".join([cell.source, *own])
     nbformat.write(notebook, path)
 
 
-@pytest.fixture
-def lab(tmp_path: Path) -> Iterator[str]:
-    """JupyterLab on a folder with the chapter in it."""
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, float]]:
+    """JupyterLab on a folder with the chapters in it, and when it was started; all share the runs."""
+    folder = tmp_path_factory.mktemp("lab")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    smoke(tmp_path / "08_explore.ipynb")
+    for name in MOVED:
+        cleared(name, folder / f"{name}.ipynb")
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "ABD_RUNS": os.environ.get("ABD_LAB_RUNS", str(tmp_path / "runs")),
+        "ABD_RUNS": os.environ.get("ABD_LAB_RUNS", str(folder / "runs")),
     }
     environment.pop("ABD_STATIC", None)
     options = [
         f"--port={port}",
         "--no-browser",
-        "--IdentityProvider.token=",
+        f"--IdentityProvider.token={TOKEN}",
         "--ServerApp.port_retries=0",
         "--allow-root",
     ]
-    log = (tmp_path / "lab.log").open("w")
+    log, start = (folder / "lab.log").open("w"), time.perf_counter()
     server = subprocess.Popen(
-        [sys.executable, "-m", "jupyterlab", *options], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        [sys.executable, "-m", "jupyterlab", *options], cwd=folder, env=environment, stdout=log, stderr=log
     )
     address = f"http://127.0.0.1:{port}"
     for _ in range(240):
         try:
-            urllib.request.urlopen(f"{address}/api", timeout=1).close()
+            api(address, "").close()
             break
         except OSError:
             time.sleep(0.25)
-    yield address
+    yield address, start
     server.terminate()
     server.wait(20)
 
 
 @pytest.mark.long
-def test_in_jupyterlab_a_slider_is_moved_and_the_picture_changes(browser, lab):
-    start = time.perf_counter()
+@pytest.mark.parametrize("name", MOVED)
+def test_in_jupyterlab_a_control_is_moved_and_the_picture_changes(browser, lab, name):
+    address, start = lab
+    label, place = MOVED[name]
     page = browser.new_page(viewport={"width": 1440, "height": 1000})
-    page.goto(f"{lab}/lab/tree/08_explore.ipynb")
+    page.goto(f"{address}/lab/tree/{name}.ipynb?reset&token={TOKEN}")
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
     page.locator(".jp-StatusBar-Widget", has_text="Idle").wait_for(timeout=120_000)  # what runs before that is lost
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
     pictures = page.locator(".jp-OutputArea .abd-look").first
-    pictures.wait_for(state="attached", timeout=240_000)  # Lab shows the last cell: the first outputs are above
-    slider = page.locator(".widget-slider", has_text="size, px").locator(".noUi-handle")
-    slider.scroll_into_view_if_needed()
-    triggered = pictures.locator("img").nth(1)
-    before = triggered.get_attribute("src")
-    slider.focus()
-    for _ in range(3):
-        page.keyboard.press("ArrowRight")
-    changed = "before => document.querySelectorAll('.jp-OutputArea .abd-look img')[1].src !== before"
-    page.wait_for_function(changed, arg=before, timeout=240_000)
-    assert triggered.get_attribute("src") != before
-    if (shot := kept("explorer.png")) is not None:
+    pictures.wait_for(state="attached", timeout=480_000)  # Lab shows the last cell: the first outputs are above
+    changing = pictures.locator("img").nth(place)
+    before = changing.get_attribute("src")
+    if label == "view":
+        page.locator(".widget-dropdown", has_text=label).locator("select").select_option("perturbed")
+    else:
+        slider = page.locator(".widget-slider", has_text=label).locator(".noUi-handle")
+        slider.scroll_into_view_if_needed()
+        slider.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowRight" if label == "size, px" else "ArrowLeft")
+    changed = "([place, before]) => document.querySelectorAll('.jp-OutputArea .abd-look img')[place].src !== before"
+    page.wait_for_function(changed, arg=[place, before], timeout=240_000)
+    assert changing.get_attribute("src") != before
+    if (shot := kept(f"lab-{name}.png")) is not None:
         page.screenshot(path=shot)
-        print(f"from opening the page to the changed picture: {time.perf_counter() - start:.1f} s")
+        print(f"{name}: from starting JupyterLab to the changed picture: {time.perf_counter() - start:.1f} s")
     page.close()
+    with api(address, "kernels") as answer:
+        kernels = json.load(answer)
+    for kernel in kernels:  # the next chapter has the machine for itself
+        api(address, f"kernels/{kernel['id']}", method="DELETE").close()

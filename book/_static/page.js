@@ -1,4 +1,5 @@
-// Long tables made by pandas can be sorted by a click on a header; wide ones scroll with the keyboard.
+// Long tables made by pandas can be sorted by a click on a header; what is too wide scrolls with the keyboard; paper is
+// white, whatever the theme.
 (() => {
   const LONG = 8; // rows
 
@@ -58,13 +59,33 @@
     }
   };
 
+  // A number stays on one line with its interval, and a long name is not pressed into a column of single words.
+  const keep = (cell) => {
+    const text = cell.textContent.trim();
+    if (/^(.{0,17}|[-+]?\d.{0,30})$/.test(text) && cell.tagName === "TD") cell.style.whiteSpace = "nowrap";
+    if (text.length > 40) cell.style.minWidth = "11rem";
+  };
+
   // What is wider than its place scrolls, so it has to take the focus.
   const reach = (box) => {
     if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
   };
 
+  const root = document.documentElement;
+  let theme;
+  window.addEventListener("beforeprint", () => {
+    theme = root.dataset.theme;
+    root.dataset.theme = "light";
+  });
+  window.addEventListener("afterprint", () => {
+    root.dataset.theme = theme;
+  });
+
   document.addEventListener("DOMContentLoaded", () => {
     document.querySelectorAll("table.dataframe").forEach(prepare);
-    document.querySelectorAll(".bd-article table, .bd-article .output, .bd-article div:has(> table)").forEach(reach);
+    document.querySelectorAll("table.dataframe tbody :is(td, th)").forEach(keep);
+    document
+      .querySelectorAll(".bd-article table, .bd-article .output, .bd-article div:has(> table), .bd-article figure")
+      .forEach(reach);
   });
 })();
