@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import miniature
+import open_clip
 import papermill
 import pytest
 import torch
@@ -21,8 +22,9 @@ from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.grid import NOTEBOOKS, STAGES
 from abd_core.notebook import given_parameters, stage_configs
-from abd_core.paths import RunError
+from abd_core.paths import RunError, read_json
 from abd_core.poison import poison
+from abd_core.pretrain import PretrainConfig
 
 PROFILE = ROOT / "profiles" / "paper"
 
@@ -62,6 +64,18 @@ def test_each_setting_of_the_profile_can_be_overridden():
     changed = {**profile("03_defend"), "poison_lr": 1e-5, "limit": 1000, "pretrained": "mine.pt"}
     attacker, _, defender = stage_configs(changed, **STAGES)
     assert (attacker.lr, attacker.limit, defender.limit, defender.pretrained) == (1e-5, 1000, 1000, "mine.pt")
+
+
+def test_the_second_setting_is_rn50_at_the_embedded_benchmark_s_size():
+    ours, large = (open_clip.get_model_config(name) for name in ("emoji-rn50", "RN50-quickgelu"))
+    assert (ours["vision_cfg"].pop("image_size"), ours["text_cfg"].pop("context_length")) == (64, 20)
+    assert (large["vision_cfg"].pop("image_size"), large["text_cfg"].pop("context_length")) == (224, 77)
+    assert ours == large
+    folder = ROOT / "profiles" / "rn50"
+    job = read_json(folder / "pretrain.json")
+    base = PretrainConfig.from_parameters(job["config"])
+    attacker, *_ = stage_configs(given_parameters([folder / "03_defend.yaml"], []), **STAGES)
+    assert (job["stage"], base.model, base.lr) == ("pretrain", "emoji-rn50", attacker.lr)
 
 
 @pytest.mark.parametrize("stage", NOTEBOOKS)
