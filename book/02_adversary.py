@@ -135,7 +135,8 @@ plots.estimates(table, index="measure", columns="model", digits=3).rename_axis("
 from abd_core.explore import Case, picture_widget
 
 case = Case(trigger, perturbation, encoders, test_set, "perturbed pictures")
-picture_widget(case, "cat", views=("clean", "perturbed"), only=("amount",))
+label = "cat" if "cat" in test_set.class_names else test_set.class_names[test_set.labels[0]]
+picture_widget(case, label, views=("clean", "perturbed"), only=("amount",))
 
 # %% [markdown]
 # <details><summary><b>Exercise.</b> Set <code>backdoor_weight</code> to 0, and to -1. In which of the three runs do the victim's

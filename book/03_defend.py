@@ -160,7 +160,7 @@ weights = {
     "defended": defended.file("model.safetensors"),
 }
 encoders = {name: models.load(path) for name, path in weights.items()}
-label = "cat" if "cat" in names else names[test_set.labels[chosen[0]]]
+label = "cat" if "cat" in names else names[test_set.labels[0]]
 picture_widget(Case(pattern, None, encoders, test_set, title), label, views=("clean", "triggered"))
 
 # %% [markdown]
