@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from abd_core import models
 from abd_core.config import Config, ConfigError, option, unknown
 from abd_core.data import CELL, TestSet, TrainingPairs, load_pairs, load_test_set
-from abd_core.formats import load_image_pairs
+from abd_core.formats import ImagePairs, load_image_pairs
 from abd_core.labelled import load_labelled
 from abd_core.paths import RunError, regular
 
@@ -57,8 +57,8 @@ class TestInputs(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairInputs(TestInputs):
-    """Where the pairs are found, besides the test set. Empty: the embedded benchmark's."""
+class PairSource(Config):
+    """Where the pairs are found. Empty: the embedded benchmark's."""
 
     pairs: str = option(
         "", "image-caption pairs: .csv, .tsv, .parquet or .tar; braces for many; '': embedded", place=True
@@ -75,6 +75,11 @@ class PairInputs(TestInputs):
             if getattr(self, name) and not self.pairs:
                 where = f"{type(self).__name__}.{name} = {getattr(self, name)!r}"
                 raise ConfigError(f"{where}: it goes with pairs, which are not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInputs(PairSource, TestInputs):
+    """Where the pairs and the test set are found, and which model they are for. Empty: the embedded benchmark's."""
 
     @property
     def outside(self) -> bool:
@@ -155,16 +160,21 @@ def training_pairs(config: Any, weights: Path | None) -> TrainingPairs:
             embedded ones.
     """
     if config.pairs:
-        return load_image_pairs(
-            config.pairs,
-            resolution=resolution(weights, config),
-            columns=config.columns,
-            manifest=config.manifest,
-            limit=config.limit,
-            max_damaged=config.max_damaged,
-        )
+        return own_pairs(config, resolution=resolution(weights, config), limit=config.limit)
     _embedded(config, weights, "pairs")
     return load_pairs(config.limit)
+
+
+def own_pairs(config: PairSource, *, resolution: int, limit: int = 0) -> ImagePairs:
+    """The pairs that `config` names, at that resolution. Raises as `formats.load_image_pairs`."""
+    return load_image_pairs(
+        config.pairs,
+        resolution=resolution,
+        columns=config.columns,
+        manifest=config.manifest,
+        limit=limit,
+        max_damaged=config.max_damaged,
+    )
 
 
 def test_set(config: TestInputs, split: str, weights: Path | None) -> TestSet:

@@ -19,6 +19,7 @@ from abd_core.data import class_index, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.explore import load_case
 from abd_core.inputs import SHARED, TrainInputs
 from abd_core.labelled import TEMPLATES
 from abd_core.poison import PoisonConfig, poison
@@ -262,6 +263,11 @@ def test_another_model_or_other_data_than_the_committed_base_s_are_trained_only_
         pretrain(PretrainConfig(model="RN50", retrain=True))
     with pytest.raises(ConfigError, match="unknown model 'RN500'"):
         pretrain(PretrainConfig(model="RN500", retrain=True))
+
+
+def test_the_explorer_refuses_data_of_one_s_own(outside: dict[str, str]):
+    with pytest.raises(ConfigError, match="leave pretrained, pairs and test_images empty"):
+        load_case(attacker(outside), AdversaryConfig(), DefendConfig())
 
 
 def test_refusals_come_before_any_run_folder(outside: dict[str, str], runs: Path):
