@@ -454,7 +454,15 @@ def test_the_real_architectures_go_through_a_foreign_file(name: str, side: int, 
 
 
 def write(kind: str, folder: Path) -> Path:
-    """Random weights of RN50 at 224 px in one of `FORMATS` or as a "TorchScript" archive; returns their file."""
+    """Random weights of RN50 at 224 px in one of `FORMATS`, or as a "TorchScript" archive; returns their file.
+
+    "CLIPModel" is a folder of transformers with a ViT-B/32: that library has no ResNet.
+    """
+    if kind == "CLIPModel":
+        from transformers import CLIPConfig, CLIPModel
+
+        CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")
+        return folder / "clip"
     weights = state("RN50-quickgelu")
     if kind != "TorchScript":
         file, save = FORMATS[kind]

@@ -180,7 +180,7 @@ def test_the_slurm_profile_of_the_paper_s_scale_asks_for_a_gpu_a_job(outside: di
     assert planned.count("gres=gpu:1") >= 3 and "runtime=2880" in planned and "mem_mb=64000" in planned
 
 
-# --- RN50 at 224 px ---------------------------------------------------------------------------------------------------
+# --- 224 px -----------------------------------------------------------------------------------------------------------
 
 JPEGS = miniature.samples(240, size=(400, 300))
 CHAINS = [  # every format of pairs, every foreign format of weights
@@ -192,6 +192,7 @@ CHAINS = [  # every format of pairs, every foreign format of weights
     ("json", "state dict, old format"),
     ("both", "compiled"),
     ("both", "scale of one element"),
+    ("both", "CLIPModel"),
 ]
 
 
@@ -200,7 +201,7 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
 
     Args:
         pairs: a table of `miniature.write_table`, or which captions tars have.
-        weights: a format of `test_checkpoints.write`.
+        weights: a format that `test_checkpoints.write` knows.
         names: folders of the test images.
         test: further settings of the test set.
     """
@@ -208,8 +209,9 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     write = functools.partial(miniature.write_shards, text=pairs) if in_tars else miniature.write_table
     address = write(folder / "pairs", JPEGS, shards=3) if in_tars else write(folder / "pairs", pairs, JPEGS)
     miniature.write_folders(folder / "test", each=1, names=names)
+    model = "ViT-B-32-quickgelu" if weights == "CLIPModel" else "RN50-quickgelu"
     data = {
-        "model": "RN50-quickgelu",
+        "model": model,
         "pretrained": str(test_checkpoints.write(weights, folder)),
         "pairs": str(address),
         "test_images": str(folder / "test"),
@@ -226,7 +228,7 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     measured = measure(defended, trigger=victim.file("trigger.safetensors"), config=on_eval)
     assert (len(inputs.training_pairs(attacker.replace(limit=0), suspect)), victim.metrics["poisoned"]) == (240, 8)
     before, after = models.load(suspect), models.load(defended)
-    assert (after.architecture, models.resolution(after)) == ("RN50-quickgelu", 224)
+    assert (after.architecture, models.resolution(after)) == (model, 224)
     changed = [n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])]
     assert len(changed) > 100
     print(f"{pairs}, {weights}: {measured.metrics}")
@@ -236,7 +238,7 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
 @pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("pairs", "weights"), CHAINS)
-def test_rn50_at_224_px_goes_through_all_stages_in_every_format(
+def test_every_format_goes_through_all_stages_at_224_px(
     pairs: str, weights: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(labelled, "TEMPLATES", labelled.TEMPLATES[:2])  # encoding 80 takes most of the time
