@@ -250,27 +250,28 @@ def _held(file: str, parquet: pq.ParquetFile, image: str, caption: str) -> pa.Ta
     if ranks.agreed(not (mark and index.exists() and store.exists())):
         if ranks.first():
             with atomic(store) as temporary, temporary.open("wb") as f:
-                table = _copied(file, parquet.iter_batches(16, columns=[image, caption]), f, str(store))
+                batches = parquet.iter_batches(16, columns=[image, caption])
+                rows = ((batch.column(name).to_pylist() for name in (image, caption)) for batch in batches)
+                table = _copied(file, (row for columns in rows for row in zip(*columns, strict=True)), f, str(store))
             with atomic(index) as temporary:
                 pq.write_table(table, temporary)
         ranks.barrier()
     return pq.read_table(index).cast(SCHEMA)
 
 
-def _copied(file: str, batches: Iterable[pa.RecordBatch], f: IO[bytes], store: str) -> pa.Table:
+def _copied(file: str, rows: Iterable[tuple[Any, str | None]], f: IO[bytes], store: str) -> pa.Table:
     """Writes the images to `f`, which will be `store`. Ids are the paths that go with them, else the rows' numbers."""
     shard = file.rpartition("/")[2].removesuffix(".parquet")
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for batch in batches:
-        for value, caption in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            record: dict[str, Any] = value if isinstance(value, dict) else {"bytes": value}
-            data, path, row = record.get("bytes") or b"", record.get("path") or "", len(columns["id"])
-            if not data and not path:
-                raise RunError(f"damaged file: {file}: row {row + 1} names no image")
-            place = (store, f.tell(), len(data)) if data else (sources.beside(file, path), 0, -1)
-            for name, entry in zip(SCHEMA.names, (path or f"{shard}/{row}", caption or "", *place), strict=True):
-                columns[name].append(entry)
-            f.write(data)
+    for row, (value, caption) in enumerate(rows):
+        record: dict[str, Any] = value if isinstance(value, dict) else {"bytes": value}
+        data, path = record.get("bytes") or b"", record.get("path") or ""
+        if not data and not path:
+            raise RunError(f"damaged file: {file}: row {row + 1} names no image")
+        place = (store, f.tell(), len(data)) if data else (sources.beside(file, path), 0, -1)
+        for name, entry in zip(SCHEMA.names, (path or f"{shard}/{row}", caption or "", *place), strict=True):
+            columns[name].append(entry)
+        f.write(data)
     columns["address"] = pa.array(columns["address"], pa.string()).dictionary_encode()
     return pa.table(columns).cast(SCHEMA)
 

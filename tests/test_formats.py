@@ -98,7 +98,7 @@ def test_images_in_a_parquet_file_are_bytes_with_a_path_or_without_or_a_path_alo
     (tmp_path / "beside.jpg").write_bytes(PAIRS[2][1])
     table = pa.table({"image": [*images, {"bytes": None, "path": "beside.jpg"}], "caption": ["x", None, "z"]})
     pq.write_table(table, tmp_path / "structs.parquet")
-    plain = pa.table({"jpg": [data for _, data, _ in PAIRS[:3]], "text": ["x", "", "z"]})
+    plain = pa.table({"text": ["x", "", "z"], "width": [1] * 3, "jpg": [data for _, data, _ in PAIRS[:3]]})
     pq.write_table(plain, tmp_path / "raw.parquet")
     structs, raw = loaded(f"{tmp_path}/structs.parquet"), loaded(f"{tmp_path}/raw.parquet", columns="jpg,text")
     assert (list(structs.ids), list(raw.ids)) == (["a.jpg", "structs/1", "beside.jpg"], ["raw/0", "raw/1", "raw/2"])
