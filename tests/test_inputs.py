@@ -146,6 +146,15 @@ def test_all_stages_run_on_data_of_one_s_own(attack: str, outside: dict[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cleanclip", "open_clip", "parquet", "huggingface"])
+def test_all_stages_run_on_every_kind_of_table(kind: str, outside: dict[str, str], tmp_path: Path):
+    address = str(miniature.write_table(tmp_path, kind, PAIRS))
+    victim, found, defended, measured = through({**outside, "pairs": address}, epochs=1)
+    assert victim["poisoned"] == 12 and found["side"] == 11 and defended["before"]["ca_top1"]["n"] == 6
+    assert (measured["ca_top1"]["n"], measured["asr"]["n"]) == (54, 45)
+
+
+@pytest.mark.slow
 def test_workers_and_places_change_no_figure(outside: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = through(outside)
     moved = tmp_path / "moved"
