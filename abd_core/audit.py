@@ -34,6 +34,7 @@ from abd_core.detectors import CHUNK, DETECTORS, Detector, Finding, Observed, en
 from abd_core.evaluate import Rate, rate
 from abd_core.formats import read_image
 from abd_core.generator import Perturbation
+from abd_core.inputs import PairSource, own_pairs
 from abd_core.kernels.perturb import add
 from abd_core.paths import Run, RunError, atomic, load_or_make, read_json, regular, sha256, shown, write_json
 from abd_core.text import TEMPLATES
@@ -45,13 +46,18 @@ BOUND = 8 / 255  # of a recovered additive trigger
 
 
 @dataclass(frozen=True, kw_only=True)
-class AuditInputs(Config):
+class AuditInputs(PairSource):
     """What is audited, and with what; file names, none of which is part of a run's key: their contents are."""
 
     checkpoint: str = option("", "the suspect's weights, safetensors; empty in a notebook: chapter 1's victim")
     reference: str = option("embedded", "clean weights it may come from: a file, embedded (the base), or none")
-    images: str = option("", "folder of clean images; empty: the embedded pairs'")
+    images: str = option("", "folder of clean images; empty: those of pairs, or the embedded ones")
     classes: str = option("", "text file with a class name a line; empty: the test set's")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.images and self.pairs:
+            raise ConfigError(f"AuditInputs.images = {self.images!r}: pairs = {self.pairs!r} too: one of them expected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,7 @@ class AuditConfig(Config):
     preset: str = option(
         "ours", "detectors' settings: ours (fast), or published (their sources' own)", choices=("ours", "published")
     )
-    share: float = option(0.5, "share of the embedded pairs that the auditor holds, seeded", gt=0, le=1)
+    share: float = option(0.5, "share of the pairs that the auditor holds, seeded", gt=0, le=1)
     limit: int = option(0, "use only this many pairs before the share is taken (0: all); for smoke runs", ge=0)
     recovery_steps: int = option(15, "gradient steps on the recovered trigger", ge=1)
 
@@ -111,11 +117,17 @@ def read_classes(path: Path) -> tuple[str, ...]:
 def _images(inputs: AuditInputs, config: AuditConfig, resolution: int) -> torch.Tensor:
     if inputs.images:
         images = image_folder(Path(inputs.images), config.count, resolution)
+    elif inputs.pairs:
+        own = own_pairs(inputs, resolution=resolution, limit=config.limit).subset(config.share, seed=config.seed)
+        if len(own) < 16:
+            raise ConfigError(f"pairs = {inputs.pairs!r}: {len(own)} for the audit, at least 16 expected")
+        drawn = torch.randperm(len(own), generator=rng(config.seed, "audit images"))[: config.count]
+        images = own.images(drawn).cpu()
     else:
         pairs = load_pairs(config.limit).subset(config.share, seed=config.seed)
         if pairs.resolution != resolution:
             raise ConfigError(
-                f"the embedded images are {pairs.resolution} px, the suspect's {resolution} px: pass a folder of images"
+                f"the embedded images are {pairs.resolution} px, the suspect's {resolution} px: pass images or pairs"
             )
         drawn = torch.randperm(len(pairs), generator=rng(config.seed, "audit images"))[: config.count]
         images = pairs.images(drawn, seed=config.seed, step=0, views=TEST_VIEWS)
@@ -459,7 +471,7 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m abd_core.audit", description="Audits a CLIP checkpoint.")
     parser.add_argument("checkpoint")
-    for name in ("reference", "images", "classes"):
+    for name in ("reference", "images", "pairs", "classes"):
         parser.add_argument(f"--{name}", default=getattr(AuditInputs(), name))
     given = parser.parse_args(arguments)
     inputs = AuditInputs.from_parameters(vars(given))

@@ -157,7 +157,13 @@ class Case:
 
 
 def load_case(attacker: PoisonConfig, searcher: AdversaryConfig, defender: DefendConfig) -> Case:
-    """Load the three stages' runs, or make them, and look at the evaluation split."""
+    """Load the three stages' runs, or make them, and look at the embedded benchmark's evaluation split.
+
+    Raises:
+        ConfigError: a stage reads weights, pairs or test images of one's own.
+    """
+    if any(config.outside for config in (attacker, searcher, defender)):
+        raise ConfigError("the explorer shows the embedded benchmark: leave pretrained, pairs and test_images empty")
     victim = poison(attacker)
     suspect = victim.file("model.safetensors")
     found = adversary(searcher, suspect).file("perturbation.safetensors")

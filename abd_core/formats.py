@@ -1,10 +1,11 @@
-"""Image-caption pairs of one's own: CSV, TSV and Parquet tables that name image files, and webdataset tars.
+"""Image-caption pairs of one's own: CSV, TSV and Parquet tables that name or hold images, and webdataset tars.
 
     python -m abd_core.formats 'cc3m/{00000..00331}.tar' --count 500000 --manifest cc3m-500k.csv    # a subset's ids
 
-A pair is a row of an index: its id, its caption, and where its image lies (a file, or a range of bytes in a tar).
-Nothing is unpacked to disk, and any pair can be read without those before it, so that batches are drawn from the whole
-set and a resumed run sees what an uninterrupted one would. An image becomes what open_clip's own preprocessing makes of
+A pair is a row of an index: its id, its caption, and where its image lies (a file, or a range of bytes in a tar). Any
+pair can be read without those before it, so that batches are drawn from the whole set and a resumed run sees what an
+uninterrupted one would. Nothing is unpacked to disk but the images that a Parquet file holds, which cannot be read one
+by one: they are copied into the cache once. An image becomes what open_clip's own preprocessing makes of
 it: the shorter side resized (bicubic) to the model's, the centre cut out.
 """
 
@@ -42,7 +43,7 @@ from abd_core.paths import RunError, atomic, cache_dir, readers_told, regular
 
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # that PIL may read; what else it knows is of no use here
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")  # of a tar's members
-COLUMNS = (("image", "caption"), ("filepath", "title"))  # CleanCLIP's and open_clip's tables
+COLUMNS = (("image", "caption"), ("filepath", "title"), ("image", "text"))  # CleanCLIP's, open_clip's, Hugging Face's
 MOST_BYTES = 64 << 20  # of one encoded image
 MOST_PIXELS = 100_000_000  # of one decoded image; more is taken for a decompression bomb
 MOST_STRETCH = 500  # longer side by shorter: the shorter one is brought to a model's size, and the longer one with it
@@ -66,7 +67,7 @@ class ImageError(AbdError):
 
 
 def decode(data: bytes, resolution: int) -> np.ndarray:
-    """An encoded image as open_clip's evaluation preprocessing sees it: uint8 (3, R, R).
+    """An encoded image as open_clip's evaluation preprocessing sees it: uint8 (3, R, R), channels last in memory.
 
     The same pixels as `open_clip.image_transform(R, is_train=False)` gives for RGB images. Palettes and other modes are
     made RGB before they are resized, not after, as PIL would resize a palette's numbers.
@@ -84,7 +85,7 @@ def decode(data: bytes, resolution: int) -> np.ndarray:
     size = (max(1, int(resolution * width / short)), max(1, int(resolution * height / short)))
     left, top = round((size[0] - resolution) / 2), round((size[1] - resolution) / 2)
     image = image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + resolution, top + resolution))
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def check(data: bytes) -> None:
@@ -150,9 +151,11 @@ def read_index(address: str, *, columns: str = "") -> Index:
     """All pairs of a data set; `address` may have braces, and all its files are of one kind.
 
     Args:
-        address: `.csv`, `.tsv`, `.txt` or `.parquet` tables that name image files, or `.tar` files as img2dataset and
-            webdataset write them (`<key>.jpg|.jpeg|.png|.webp` with `<key>.txt`, or `<key>.json` that has "caption").
-        columns: of a table: image's and caption's, with a comma between; "": `image,caption` or `filepath,title`.
+        address: `.csv`, `.tsv`, `.txt` or `.parquet` tables that name image files; `.parquet` tables that hold images,
+            as bytes or as Hugging Face's datasets do (`bytes`, `path`); or `.tar` files as img2dataset and webdataset
+            write them (`<key>.jpg|.jpeg|.png|.webp` with `<key>.txt`, or `<key>.json` that has "caption").
+        columns: of a table: image's and caption's, with a comma between; "": `image,caption`, `filepath,title` or
+            `image,text`.
 
     Raises:
         ConfigError: a kind of file that is none of these, or columns that the table lacks.
@@ -166,7 +169,8 @@ def read_index(address: str, *, columns: str = "") -> Index:
     if ending == "tar":
         return _tars(files)
     if ending in ("csv", "tsv", "txt", "parquet"):
-        parts = [_parquet(f, columns) if ending == "parquet" else _separated(f, columns) for f in files]
+        read = _parquet if ending == "parquet" else _separated
+        parts = [read(file, columns) for file in _shown(files, "index")]
         return _unique(pa.concat_tables(parts))
     if sources.is_folder(files[0]):
         raise ConfigError(
@@ -227,19 +231,67 @@ def _separated(file: str, columns: str) -> pa.Table:
 def _parquet(file: str, columns: str) -> pa.Table:
     with sources.opened(file) as f:
         try:
-            parquet = pq.ParquetFile(f)
+            parquet = pq.ParquetFile(f, buffer_size=1 << 20)  # else whole columns of images are read at a time
             image, caption = _chosen(parquet.schema_arrow.names, columns, file)
+            kinds = {name: parquet.schema_arrow.field(name).type for name in (image, caption)}
+            if not _is_text(kinds[caption]):
+                raise ConfigError(f"{file}: column {caption!r} holds {kinds[caption]}, but text is read")
+            if _is_images(kinds[image]):
+                return _held(file, parquet, image, caption)
+            if not _is_text(kinds[image]):
+                what = "paths of image files, or images as bytes, are read"
+                raise ConfigError(f"{file}: column {image!r} holds {kinds[image]}, but {what}")
             table = parquet.read([image, caption])
         except AbdError:
             raise
         except Exception as error:  # pyarrow raises many kinds
             raise RunError(f"damaged file: {file}: {_line(error)}") from None
-    for name in (image, caption):
-        kind = table.schema.field(name).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            what = "paths of image files" if name == image else "text"
-            raise ConfigError(f"{file}: column {name!r} holds {kind}, but {what} is read; embedded images: use tars")
     return _rows(file, table[image].to_pylist(), table[caption].to_pylist())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_images(kind: pa.DataType) -> bool:
+    """Bytes, or the structure of Hugging Face's `datasets.Image`: bytes, or else the path of a file."""
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0 and _is_images(kind.field("bytes").type)
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _held(file: str, parquet: pq.ParquetFile, image: str, caption: str) -> pa.Table:
+    """Rows of a file that holds its images, which are copied one after another into the cache, once."""
+    size, mark = sources.stamp(file)
+    stem = cache_dir() / f"parquet-{digest([1, str(cache_dir()), file, size, mark, image, caption])[:16]}"
+    store, index = stem.with_suffix(".bin"), stem.with_suffix(".parquet")
+    if ranks.agreed(not (mark and index.exists() and store.exists())):
+        if ranks.first():
+            with atomic(store) as temporary, temporary.open("wb") as f:
+                batches = parquet.iter_batches(16, columns=[image, caption])
+                rows = ((batch.column(name).to_pylist() for name in (image, caption)) for batch in batches)
+                table = _copied(file, (row for columns in rows for row in zip(*columns, strict=True)), f, str(store))
+            with atomic(index) as temporary:
+                pq.write_table(table, temporary)
+        ranks.barrier()
+    return pq.read_table(index).cast(SCHEMA)
+
+
+def _copied(file: str, rows: Iterable[tuple[Any, str | None]], f: IO[bytes], store: str) -> pa.Table:
+    """Writes the images to `f`, which will be `store`. Ids are the paths that go with them, else the rows' numbers."""
+    shard = file.rpartition("/")[2].removesuffix(".parquet")
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for row, (value, caption) in enumerate(rows):
+        record: dict[str, Any] = value if isinstance(value, dict) else {"bytes": value}
+        data, path = record.get("bytes") or b"", record.get("path") or ""
+        if not data and not path:
+            raise RunError(f"damaged file: {file}: row {row + 1} names no image")
+        place = (store, f.tell(), len(data)) if data else (sources.beside(file, path), 0, -1)
+        for name, entry in zip(SCHEMA.names, (path or f"{shard}/{row}", caption or "", *place), strict=True):
+            columns[name].append(entry)
+        f.write(data)
+    columns["address"] = pa.array(columns["address"], pa.string()).dictionary_encode()
+    return pa.table(columns).cast(SCHEMA)
 
 
 def _unique(table: pa.Table, damaged: Sequence[tuple[str, str]] = ()) -> Index:
@@ -445,7 +497,8 @@ def workers() -> int:
 class Images(Dataset):
     """The images of an index's rows. Asked for a batch of indices, it gives them back with uint8 (B, 3, R, R).
 
-    An error comes back as a value, because a worker process would wrap it in a traceback.
+    They are channels last in memory, as they are decoded: to turn them round would take a worker a twentieth of its
+    time. An error comes back as a value, because a worker process would wrap it in a traceback.
     """
 
     def __init__(self, table: pa.Table, resolution: int) -> None:
@@ -467,13 +520,15 @@ class Images(Dataset):
         return sources.read(address, offset=int(self.offset[index]), size=size)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[int], torch.Tensor | AbdError]:
-        pixels = np.empty((len(indices), 3, self.resolution, self.resolution), np.uint8)
+        shape = (len(indices), 3, self.resolution, self.resolution)
+        batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        pixels = batch.numpy()
         for place, index in enumerate(indices):
             try:
                 pixels[place] = decode(self.data(index), self.resolution)
             except AbdError as error:
                 return list(indices), ImageError(f"{self.ids[index]}: {error}")
-        return list(indices), torch.from_numpy(pixels)
+        return list(indices), batch
 
 
 class _Checked(Images):
@@ -632,7 +687,8 @@ class ImagePairs:
                 pixels = unwrapped(self._images.__getitems__(wanted))
         except ImageError as error:
             raise ImageError(f"{error}; to have all images checked again, delete {self._checked_file}") from None
-        pixels = pixels.to(models.device(), non_blocking=True).float().div_(255)
+        pixels = pixels.to(models.device(), non_blocking=True)
+        pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
         if len(pixels) == len(indices):
             return pixels
         images = pixels.new_zeros(len(indices), *pixels.shape[1:])

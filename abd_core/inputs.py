@@ -15,9 +15,9 @@ import open_clip
 from safetensors import SafetensorError, safe_open
 
 from abd_core import models
-from abd_core.config import Config, ConfigError, option
+from abd_core.config import Config, ConfigError, option, unknown
 from abd_core.data import CELL, TestSet, TrainingPairs, load_pairs, load_test_set
-from abd_core.formats import load_image_pairs
+from abd_core.formats import ImagePairs, load_image_pairs
 from abd_core.labelled import load_labelled
 from abd_core.paths import RunError, regular
 
@@ -57,12 +57,9 @@ class TestInputs(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainInputs(TestInputs):
-    """Where the clean weights and the pairs are found, besides the test set. Empty: the embedded benchmark's."""
+class PairSource(Config):
+    """Where the pairs are found. Empty: the embedded benchmark's."""
 
-    pretrained: str = option(
-        "", "clean weights: a file, a Hugging Face folder or an open_clip tag of model; '': embedded", place=True
-    )
     pairs: str = option(
         "", "image-caption pairs: .csv, .tsv, .parquet or .tar; braces for many; '': embedded", place=True
     )
@@ -78,13 +75,34 @@ class TrainInputs(TestInputs):
             if getattr(self, name) and not self.pairs:
                 where = f"{type(self).__name__}.{name} = {getattr(self, name)!r}"
                 raise ConfigError(f"{where}: it goes with pairs, which are not given")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairInputs(PairSource, TestInputs):
+    """Where the pairs and the test set are found, and which model they are for. Empty: the embedded benchmark's."""
+
+    @property
+    def outside(self) -> bool:
+        """Whether anything but the embedded benchmark is read."""
+        return bool(self.pairs or self.test_images)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainInputs(PairInputs):
+    """Where the clean weights are found, besides the pairs and the test set. Empty: the embedded benchmark's."""
+
+    pretrained: str = option(
+        "", "clean weights: a file, a Hugging Face folder or an open_clip tag of model; '': embedded", place=True
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.model and not self.pretrained:
             models.pretrained_weights(self.model, "")  # refuses another architecture than the embedded one
 
     @property
     def outside(self) -> bool:
-        """Whether anything but the embedded benchmark is read."""
-        return bool(self.pretrained or self.pairs or self.test_images)
+        return bool(self.pretrained) or super().outside
 
 
 SHARED = tuple(field.name for field in dataclasses.fields(TrainInputs))  # in every stage they mean the same
@@ -104,14 +122,20 @@ def clean_weights(config: TrainInputs) -> Path:
     return models.pretrained_weights(config.model, config.pretrained) if config.pretrained else models.clean_weights()
 
 
-def resolution(weights: Path, config: TestInputs) -> int:
-    """Side in pixels of the images that the model at `weights` takes.
+def architecture(config: TestInputs) -> str:
+    """The open_clip architecture of a model that is trained from scratch."""
+    return config.model or models.EMBEDDED
+
+
+def resolution(weights: Path | None, config: TestInputs) -> int:
+    """Side in pixels of the images that the model at `weights` takes, or that a model of `architecture` will.
 
     Raises:
         RunError: the file is missing, damaged, or names an architecture that open_clip does not know.
+        ConfigError: `config.model` does so, where there are no weights.
     """
-    name = config.model or models.FOREIGN
-    if weights.suffix == ".safetensors":
+    name = architecture(config) if weights is None else config.model or models.FOREIGN
+    if weights is not None and weights.suffix == ".safetensors":
         regular(weights)
         try:
             with safe_open(weights, framework="pt") as f:
@@ -119,35 +143,42 @@ def resolution(weights: Path, config: TestInputs) -> int:
         except (OSError, SafetensorError, ValueError) as error:
             raise RunError(f"damaged file: {weights}: not safetensors ({error})") from None
     if name not in open_clip.list_models():
+        if weights is None:
+            raise unknown("model", name, open_clip.list_models())
         raise RunError(f"{weights}: its metadata names the model {name!r}, which open_clip does not know")
     size = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
     if not isinstance(size, int):
-        raise RunError(f"{weights}: {name} takes images of {size} px: only square ones can be used")
+        raise RunError(f"{weights or 'model'}: {name} takes images of {size} px: only square ones can be used")
     return size
 
 
-def training_pairs(config: Any, weights: Path) -> TrainingPairs:
-    """The clean pairs that `config` (a stage's, with `limit`) names, for the model at `weights`.
+def training_pairs(config: Any, weights: Path | None) -> TrainingPairs:
+    """The clean pairs that `config` (a stage's, with `limit`) names, for the model at `weights` (see `resolution`).
 
     Raises:
         ConfigError, RunError: see `formats.load_image_pairs`; or the model takes images of another size than the
             embedded ones.
     """
     if config.pairs:
-        return load_image_pairs(
-            config.pairs,
-            resolution=resolution(weights, config),
-            columns=config.columns,
-            manifest=config.manifest,
-            limit=config.limit,
-            max_damaged=config.max_damaged,
-        )
+        return own_pairs(config, resolution=resolution(weights, config), limit=config.limit)
     _embedded(config, weights, "pairs")
     return load_pairs(config.limit)
 
 
-def test_set(config: TestInputs, split: str, weights: Path) -> TestSet:
-    """The test set that `config` names, for the model at `weights`.
+def own_pairs(config: PairSource, *, resolution: int, limit: int = 0) -> ImagePairs:
+    """The pairs that `config` names, at that resolution. Raises as `formats.load_image_pairs`."""
+    return load_image_pairs(
+        config.pairs,
+        resolution=resolution,
+        columns=config.columns,
+        manifest=config.manifest,
+        limit=limit,
+        max_damaged=config.max_damaged,
+    )
+
+
+def test_set(config: TestInputs, split: str, weights: Path | None) -> TestSet:
+    """The test set that `config` names, for the model at `weights` (see `resolution`).
 
     Raises:
         ConfigError, RunError: see `labelled.load_labelled`; or the model takes images of another size than the embedded
@@ -166,11 +197,12 @@ def test_set(config: TestInputs, split: str, weights: Path) -> TestSet:
     return load_test_set(split)
 
 
-def _embedded(config: TestInputs, weights: Path, what: str) -> None:
+def _embedded(config: TestInputs, weights: Path | None, what: str) -> None:
     """Refuse a model of another size, where one is named."""
     named = config.model or getattr(config, "pretrained", "") or getattr(config, "pairs", "")
     if named and (size := resolution(weights, config)) != CELL:
-        raise ConfigError(f"{what} = '': the embedded images have {CELL} px, {weights.name} takes {size}: give {what}")
+        taker = weights.name if weights else architecture(config)
+        raise ConfigError(f"{what} = '': the embedded images have {CELL} px, {taker} takes {size}: give {what}")
 
 
 test_inputs.__test__ = test_set.__test__ = False  # type: ignore[attr-defined]

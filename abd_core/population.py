@@ -1,4 +1,4 @@
-"""A population of clean and poisoned small CLIPs, each audited: what the verdict is calibrated on.
+"""A population of clean and poisoned CLIPs of the embedded benchmark, each audited: the verdict is calibrated on it.
 
     python -m abd_core.population                 # all that is missing in data/results/audit.csv, a row after each
     python -m abd_core.population --only 6 --list

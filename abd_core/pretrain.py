@@ -1,4 +1,4 @@
-"""Stage 0: train the clean base CLIP of the embedded benchmark from scratch."""
+"""Stage 0: train a clean CLIP from scratch: the embedded benchmark's base, or another model on these or other pairs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from abd_core import models
+from abd_core import inputs, models
 from abd_core.config import ConfigError, derive_seed, option
-from abd_core.data import TEST_VENDORS, load_pairs, load_test_set
+from abd_core.data import TEST_VENDORS
 from abd_core.evaluate import evaluate
+from abd_core.inputs import PairInputs
 from abd_core.launch import launcher
 from abd_core.losses import clip_loss
 from abd_core.paths import Run, data_dir, load_or_make, load_run, read_json
@@ -22,8 +23,8 @@ from abd_core.train import Step, TrainConfig, fit
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainConfig):
-    """Settings of the clean base model."""
+class PretrainConfig(PairInputs, TrainConfig):
+    """Settings of the clean base model; `model` is the architecture to train, by default the embedded base's."""
 
     epochs: int = option(60, "passes over the pairs", ge=1)
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
@@ -41,24 +42,30 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         force: train anew, whatever is there; it implies `retrain`.
 
     Raises:
-        ConfigError: settings other than the committed base's without `retrain`.
+        ConfigError: settings, a model or data other than the committed base's without `retrain`; or the model takes
+            images of another size than the embedded ones, where these are used.
+        RunError: see `inputs.training_pairs` and `inputs.test_set`.
     """
     if force:
         config = config.replace(retrain=True)
     if not config.retrain:
         committed = load_run(data_dir() / "base")
         recipe = read_json(committed.file("config.json"))["config"]
-        if changed := [name for name, value in config.key().items() if name != "retrain" and value != recipe.get(name)]:
+        changed = [name for name, value in config.key().items() if name != "retrain" and value != recipe.get(name)]
+        changed += [name for name in inputs.SHARED if config.places().get(name, models.EMBEDDED) != models.EMBEDDED]
+        if changed:
             raise ConfigError(
                 f"PretrainConfig.{changed[0]}: the committed base was trained otherwise; set retrain=True"
             )
         return committed
-    pairs = load_pairs(config.limit)
-    tests = {split: load_test_set(split) for split in TEST_VENDORS}
-    inputs = {"pairs": pairs.digest} | {split: test.digest for split, test in tests.items()}
+    pairs, name = inputs.training_pairs(config, None), inputs.architecture(config)
+    tests = {split: inputs.test_set(config, split, None) for split in TEST_VENDORS}
+    read = {"pairs": pairs.digest} | {split: test.digest for split, test in tests.items()}
+    if name != models.EMBEDDED:  # whose runs were made before there were others
+        read["model"] = name
 
     def make(folder: Path) -> Mapping[str, Any]:
-        model = models.build(seed=derive_seed(config.seed, "init"))
+        model = models.build(name, seed=derive_seed(config.seed, "init"))
 
         def loss(at: Step) -> tuple[torch.Tensor, dict[str, float]]:
             model.train()
@@ -70,12 +77,21 @@ def pretrain(config: PretrainConfig, *, force: bool = False) -> Run:
         def after_epoch(epoch: int) -> Mapping[str, float]:
             return {"dev_ca": evaluate(model, tests["dev"]).ca[1].value}
 
-        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="pretrain", after_epoch=after_epoch)
+        fit(
+            model,
+            loss,
+            count=len(pairs),
+            config=config,
+            folder=folder,
+            stage="pretrain",
+            after_epoch=after_epoch,
+            plan=pairs.plan,
+        )
         models.save(model, folder / "model.safetensors", half=True)
         stored = models.load(folder / "model.safetensors")
         return {split: evaluate(stored, test).to_dict() for split, test in tests.items()}
 
-    return load_or_make("pretrain", config, inputs, make, force=force, launch=launcher("pretrain", config))
+    return load_or_make("pretrain", config, read, make, force=force, launch=launcher("pretrain", config))
 
 
 if __name__ == "__main__":  # make the clean base that everything else starts from

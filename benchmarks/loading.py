@@ -2,21 +2,25 @@
 
     python benchmarks/loading.py
 
-A ratio is the share of the bare rate: of one core, times the number of workers where there are some, which more workers
-than free cores cannot reach; or, of the CPU's time, that of the reading and of all workers together, their start
-included. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
+A ratio is the share of the bare rate of as many processes as there are workers, all at work at the same time, by the
+clock ("speed") or by the CPU's time ("CPU time": that of the workers and of the process that they read for). More
+workers than free cores reach no such share by the clock. Both are taken once the workers are under way; what it takes
+to start one and to end it is a figure of its own. The images are smooth noise of 500 x 375 px, about as many bytes as
+CC3M's.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import multiprocessing
 import os
 import resource
 import statistics
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,7 +32,8 @@ from PIL import Image
 from abd_core.formats import Images, decode, in_batches, loader, read_index, unwrapped
 
 SIZE, RESOLUTION, BATCH = (500, 375), 224, 32
-COUNT, REPEATS = 1024, 5
+COUNT, PASSES, REPEATS = 1024, 3, 3
+BARE = "decode and resize alone"
 CASE = f"JPEG, {SIZE[0]}x{SIZE[1]} px to {RESOLUTION} px"
 
 
@@ -65,54 +70,82 @@ def bare(files: list[bytes]) -> None:
         np.asarray(image.crop((left, top, left + RESOLUTION, top + RESOLUTION)))
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and of its workers that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
+def bare_rates(files: list[bytes], processes: int) -> dict[str, float]:
+    """Images a second of clock time and of CPU time that so many processes decode at the same time."""
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("fork")) as pool:
+        runs = list(pool.map(_bare_run, [files] * processes))
+    elapsed = max(end for _, end, _ in runs) - min(start for start, _, _ in runs)
+    count = processes * len(files)
+    return {"speed": count / elapsed, "CPU time": count / sum(spent for *_, spent in runs)}
 
 
-def read(table: pa.Table, workers: int) -> float:
-    """Images a second, from when what was read ahead of the first batch is used up."""
-    batches = in_batches(table.num_rows, BATCH)
-    skipped, start = 2 * workers + 1 if workers else 0, time.perf_counter()
+def _bare_run(files: list[bytes]) -> tuple[float, float, float]:
+    """When it began and ended, and the CPU's seconds that it took."""
+    start, spent = time.perf_counter(), time.process_time()
+    bare(files)
+    return start, time.perf_counter(), time.process_time() - spent
+
+
+def busy_seconds() -> float:
+    """CPU time up to now of this process and of those that it has started and that live."""
+    spent = time.process_time()
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        spent += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return spent
+
+
+def ended_seconds() -> float:
+    """CPU time of this process and of those that it has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + used.ru_utime + used.ru_stime
+
+
+def rates(table: pa.Table, workers: int) -> dict[str, float]:
+    """As `bare_rates`, from when what was read ahead of the first batch is used up; CPU seconds to start a worker."""
+    batches, before = in_batches(table.num_rows, BATCH) * PASSES, ended_seconds()
+    skipped = 2 * workers + 1 if workers else 0
+    start = time.perf_counter(), busy_seconds()
     for number, batch in enumerate(loader(Images(table, RESOLUTION), batches, processes=workers), 1):
         unwrapped(batch)
         if number == skipped:
-            start = time.perf_counter()
-    return (len(batches) - skipped) * BATCH / (time.perf_counter() - start)
+            start = time.perf_counter(), busy_seconds()
+        if number == len(batches):
+            end = time.perf_counter(), busy_seconds()
+    elapsed, spent = end[0] - start[0], end[1] - start[1]
+    count = PASSES * table.num_rows
+    done = count - skipped * BATCH
+    found = {"speed": done / elapsed, "CPU time": done / spent}
+    if workers:
+        found["start"] = (ended_seconds() - before - count / found["CPU time"]) / workers
+    return found
 
 
 def main() -> None:
     report = Report("loading")
     files = [jpeg(number) for number in range(COUNT)]
     assert decode(files[0], RESOLUTION).shape == (3, RESOLUTION, RESOLUTION)
+    counts = [count for count in (0, 1, 2, 4, 8) if count <= len(os.sched_getaffinity(0))]
     with TemporaryDirectory() as folder:
         tables = {kind: read_index(address).table for kind, address in write(Path(folder), files).items()}
-
-        def bare_rate() -> float:
-            start = time.perf_counter()
-            bare(files)
-            return COUNT / (time.perf_counter() - start)
-
-        variants: dict[str, Callable[[], float]] = {"decode and resize alone": bare_rate}
-        cores = len(os.sched_getaffinity(0))
+        variants: dict[str, tuple[int, Callable[[], dict[str, float]]]] = {}
+        for count in counts[1:]:
+            name = BARE if count == 1 else f"{BARE}, {count} processes"
+            variants[name] = count, lambda n=count: bare_rates(files, n)  # type: ignore[misc]
         for kind, table in tables.items():
-            for workers in (count for count in (0, 1, 2, 4, 8) if count <= cores):
-                variants[f"{kind}, {workers} workers"] = lambda t=table, w=workers: read(t, w)  # type: ignore[misc]
-        rates: dict[str, list[float]] = {name: [] for name in variants}
-        spent: dict[str, list[float]] = {name: [] for name in variants}
+            for count in counts:
+                variants[f"{kind}, {count} workers"] = count, lambda t=table, n=count: rates(t, n)  # type: ignore[misc]
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
         for _ in range(REPEATS):  # all take turns, so that a slow moment of the machine meets all alike
-            for name, call in variants.items():
-                start = cpu_seconds()
-                rates[name].append(call())
-                spent[name].append(COUNT / (cpu_seconds() - start))
-    for metric, unit, values in (("speed", "images/s", rates), ("CPU time", "images/CPU-s", spent)):
-        median = {name: statistics.median(found) for name, found in values.items()}
-        first = next(iter(median.values()))
-        for name, rate in median.items():
-            busy = max(1, int(name.split()[1])) if metric == "speed" and "workers" in name else 1
-            report.note(CASE, name, metric, unit, rate, ratio=rate / (busy * first), n=REPEATS)
-    report.note(CASE, "decode and resize alone", "bytes of an image", "kB", sum(map(len, files)) / COUNT / 1000)
+            for name, (_, call) in variants.items():
+                found[name].append(call())
+    for metric, unit in (("speed", "images/s"), ("CPU time", "images/CPU-s"), ("start", "CPU-s a worker")):
+        median = {n: statistics.median(f[metric] for f in runs) for n, runs in found.items() if metric in runs[0]}
+        alone = {count: median.get(name) for name, (count, _) in variants.items() if name.startswith(BARE)}
+        for name, value in median.items():
+            reference = alone[max(1, variants[name][0])]
+            report.note(CASE, name, metric, unit, value, ratio=reference and value / reference, n=REPEATS)
+    report.note(CASE, BARE, "bytes of an image", "kB", sum(map(len, files)) / COUNT / 1000)
     report.write()
 
 

@@ -27,6 +27,7 @@ retrain: bool = False  # train the base anew instead of loading the committed on
 epochs: int = 60  # passes over the pairs; another value than the committed base's needs retrain
 batch_size: int = 128  # pairs a step; likewise
 lr: float = 1e-3  # peak learning rate; likewise
+model: str = ""  # open_clip architecture to train, with retrain; "": the committed base's
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs, with retrain
 
 # %% [markdown]

@@ -130,8 +130,9 @@ pd.DataFrame(columns).fillna("")  # a victim may have fewer answers than five
 # %%
 from abd_core.explore import Case, picture_widget
 
-encoders = {"clean base": models.load(models.clean_weights()), "victim": suspect}
-picture_widget(Case(trigger, None, encoders, test_set, trigger.title), "cat", views=("clean", "triggered"))
+encoders = {"clean base": models.load(inputs.clean_weights(config)), "victim": suspect}
+label = "cat" if "cat" in test_set.class_names else test_set.class_names[test_set.labels[0]]
+picture_widget(Case(trigger, None, encoders, test_set, trigger.title), label, views=("clean", "triggered"))
 
 # %% [markdown]
 # <details><summary><b>Exercise.</b> Poison a tenth as many pairs (<code>-p rate 0.01</code>) and read the verdict. What in the

@@ -136,7 +136,8 @@ moves
 from abd_core.explore import Case, picture_widget
 
 case = Case(trigger, perturbation, encoders, test_set, "perturbed pictures")
-picture_widget(case, "cat", views=("clean", "perturbed"), only=("amount",))
+label = "cat" if "cat" in test_set.class_names else test_set.class_names[test_set.labels[0]]
+picture_widget(case, label, views=("clean", "perturbed"), only=("amount",))
 
 # %% [markdown]
 # ## Summary

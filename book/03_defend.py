@@ -154,9 +154,14 @@ pd.DataFrame({"true class": [names[i] for i in test_set.labels[chosen]], **answe
 # %%
 from abd_core.explore import Case, picture_widget
 
-weights = {"clean base": models.clean_weights(), "victim": suspect, "defended": defended.file("model.safetensors")}
+weights = {
+    "clean base": inputs.clean_weights(attacker),
+    "victim": suspect,
+    "defended": defended.file("model.safetensors"),
+}
 encoders = {name: models.load(path) for name, path in weights.items()}
-picture_widget(Case(pattern, None, encoders, test_set, title), "cat", views=("clean", "triggered"))
+label = "cat" if "cat" in names else names[test_set.labels[0]]
+picture_widget(Case(pattern, None, encoders, test_set, title), label, views=("clean", "triggered"))
 
 # %% [markdown]
 # ## Summary

@@ -228,7 +228,8 @@ drift_table.assign(n=len(test_set)).rename_axis("model, images [95 % interval]")
 # %%
 from abd_core.explore import Case, neighbour_widget
 
-neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), "cat")
+label = "cat" if "cat" in names else names[labels[0]]
+neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), label)
 
 # %% [markdown]
 # ## Summary

@@ -14,7 +14,9 @@
 #
 # Nothing of this was downloaded to make this book, and none of the paper's numbers has been reproduced with it. What is
 # here: the formats are read and tested on miniatures of the real thing, the steps were timed, and every setting of the
-# paper is in a file. The rest is yours to run.
+# paper is in a file. `make test-slow` takes `RN50-quickgelu` at 224 px, with random weights in each foreign format,
+# through all stages on 240 JPEG files in each format of pairs, on a thousand test folders, and through the notebooks. The
+# rest is yours to run.
 #
 # ## What to download, and how to lay it out
 #
@@ -31,10 +33,11 @@
 # ```
 #
 # - **Pairs** (`pairs`): tars as img2dataset writes them; or a CSV, TSV or Parquet table that names image files relative
-#   to itself, with CleanCLIP's columns `image,caption`, open_clip's `filepath`, `title`, or those that `columns` names.
-#   Braces stand for many files: `cc3m/{00000..00331}.tar`. Any address that fsspec opens will do (`s3://`, `gs://`; their
-#   packages come extra). Nothing is unpacked. Every image is read to its end once, and damaged ones are left out, counted
-#   and listed, up to the share `max_damaged`.
+#   to itself, with CleanCLIP's columns `image,caption`, open_clip's `filepath`, `title`, or those that `columns` names; or
+#   a Parquet table that holds its images, as Hugging Face's datasets do. Braces stand for many files:
+#   `cc3m/{00000..00331}.tar`. Any address that fsspec opens will do (`s3://`, `gs://`; their packages come extra). Nothing
+#   is unpacked, but for images that a Parquet table holds: they are copied into the cache once. Every image is read to its
+#   end once, and damaged ones are left out, counted and listed, up to the share `max_damaged`.
 # - **Subsets**: `limit` draws pairs by the digest of their ids, so the same pairs are drawn however the files are cut.
 #   `python -m abd_core.formats 'cc3m/{00000..00331}.tar' --count 500000 --manifest subset.csv` writes them down, and
 #   `manifest` takes them from there.
@@ -68,6 +71,12 @@
 # snakemake --profile profiles/paper/slurm --config grids="table1 ablations" parameters=mine.yaml table=mine.csv
 # papermill book/04_results.ipynb out4.ipynb -p results mine.csv
 # ```
+#
+# A clean model is trained from scratch on pairs of one's own by `python -m abd_core.train job.json`, with
+# `{"stage": "pretrain", "config": {"retrain": true, "model": "RN50-quickgelu", "pairs": "...", "test_images": "..."}}` in
+# that file; it prints the folder that the weights are in. A checkpoint is audited with images of the pairs by
+# `python -m abd_core.audit suspect.pt --pairs ... --classes names.txt`. The explorer (chapter 8) and the population that the
+# audit is calibrated on (chapter 10) are of the embedded benchmark alone.
 #
 # `batch_size` counts the pairs of all processes together. `accumulate` averages the gradients of several batches in one
 # step; `micro_batch` encodes a few rows at a time, for contrastive batches that do not fit; `sync_batch_norm` takes
@@ -152,8 +161,9 @@ preflight(
 #
 # From the steps that `make bench` has timed on a GPU: `RN50-quickgelu` at 224 px in the paper's numbers of pairs, with the
 # images read and decoded from tars where that was timed. The paper reports about 8 A100-hours for an attack and 14 for the
-# defence. Evaluation and the one pass that checks all images come on top. The adversary's whole step has not been timed
-# at the paper's batch of 16: its preflight does.
+# defence. Evaluation and the one pass that checks all images come on top. The adversary's rows, where there are some, are
+# of its generator's step at the batch of the column `case`; the paper's is 16, at which a GPU does fewer images a second,
+# and the discriminator's step comes on top: its preflight times both.
 
 # %%
 import pandas as pd
@@ -169,18 +179,20 @@ settings = dict(
         strict=True,
     )
 )
-attacker, defender = settings["poison"], settings["defend"]
+attacker, searcher, defender = (settings[stage] for stage in ("poison", "adversary", "defend"))
 seen = {
     "poison": attacker.limit * attacker.epochs,
+    "adversary": searcher.steps * searcher.batch_size,
     "defend": round(defender.share * defender.limit) * defender.epochs,
 }
-steps = measured[measured["benchmark"].eq("training step") & measured["case"].str.startswith("RN50")]
+timed_as = {"poison": ["ft from tars", "ft"], "adversary": ["abd_core"], "defend": ["abd from tars", "abd"]}
+large = measured["benchmark"].isin(["training step", "adversary step"]) & measured["case"].str.startswith("RN50")
 rows = []
-for (device, case), part in steps.groupby(["device", "case"], sort=False):
+for (device, case), part in measured[large].groupby(["device", "case"], sort=False):
     speed = part[part["metric"].eq("speed")].set_index("variant")["value"]
     memory = part[part["metric"].eq("peak memory")].set_index("variant")["value"]
-    for stage, variants in {"poison": ["ft from tars", "ft"], "defend": ["abd"]}.items():
-        for variant in speed.index.intersection(variants):
+    for stage, variants in timed_as.items():
+        for variant in [variant for variant in variants if variant in speed.index]:
             hours = seen[stage] / speed[variant] / 3600
             used = memory.get(variant, float("nan")) / 1024
             rows.append([device, case, stage, variant, seen[stage], round(speed[variant]), hours, used])
@@ -203,10 +215,11 @@ pd.DataFrame({"GB": {name: round(size / 1e9, 2) for name, size in sizes.items()}
 # %% [markdown]
 # ## Does the loader keep up?
 #
-# Images a second of CPU time, that of the workers and their start included, against the bare decoding and resizing of the
-# same files: 1 on the axis is all that a core can do. A GPU that trains at the rate of the table above needs as many free
-# cores as its rate divided by that of one. Images a second by the clock are in the table too; their ratio is per worker,
-# and falls where there were fewer free cores than workers.
+# Images a second of CPU time, that of the workers and of the process that they read for, against the bare decoding and
+# resizing of the same files by as many processes at the same time: 1 on the axis is all that so many cores can do. A GPU
+# that trains at the rate of the table above needs as many free cores as its rate divided by that of one. Images a second
+# by the clock are in the table too; their ratio is per worker, and falls where there were fewer free cores than workers.
+# What it takes to start a worker and to end it is a figure of its own: it comes once an epoch.
 
 # %% mystnb={"figure": {"caption": "Reading pairs from tars and from files: images a second of CPU time, as a share of bare decoding and resizing."}, "image": {"alt": "Bars of the loader's images a CPU second against bare decoding"}}
 from abd_core import plots
@@ -216,8 +229,37 @@ loading = measured[measured["benchmark"] == "loading"]
 plots.speeds(loading, "CPU time", title="Reading image-caption pairs: images a second of CPU time");
 
 # %%
-timed = loading[loading["metric"].isin(["speed", "CPU time"])]
+timed = loading[loading["metric"].isin(["speed", "CPU time", "start"])]
 timed.pivot_table(index=["device", "variant"], columns="metric", values=["value", "ratio"]).round(2)
+
+# %% [markdown]
+# ## A second setting: RN50's size on the embedded benchmark
+#
+# The other chapters' CLIP has a ResNet of 14 layers. `emoji-rn50` has RN50's two towers as they are, for the embedded
+# pictures' 64 px and captions of 20 tokens. It is trained from scratch on the embedded pairs, attacked and defended, with
+# the settings that were chosen for the small one: nothing was searched for it, but for its peak learning rate, which is
+# CLIP's own for an RN50. On a GPU that takes minutes:
+#
+# ```bash
+# BASE=$(python -m abd_core.train profiles/rn50/pretrain.json)
+# python -m abd_core.grid table1 --defences FT ABD ABD-D --seeds 0 1 2 --processes 4 -f profiles/rn50/03_defend.yaml \
+#     -p pretrained "$BASE/model.safetensors" --output data/results/rn50.csv
+# ```
+#
+# `data/rn50/` has the record of the base that was attacked, without its 200 MB of weights.
+
+# %%
+from abd_core.paths import read_json
+from abd_core.results import read_results
+
+place = root() / "data" / "results" / "rn50.csv"
+if place.exists():
+    large_base = read_json(root() / "data" / "rn50" / "metrics.json")
+    display(plots.wide_table({f"clean base, {split}": large_base[split] for split in ("dev", "eval")}))
+    second = read_results(place)
+    display(plots.table(second, second["attack"].unique(), second["defence"].unique()))
+else:
+    print("not measured yet")
 
 # %% [markdown]
 # ## What to expect

@@ -40,9 +40,7 @@ def use_stand_in(folder: Path, put: Callable[[Any, str, Any], object] = setattr)
     """Let every stage start from the stand-in in `folder` and test on one view a class; `put` is a `setattr`."""
     open_clip.add_model_config(folder / f"{ARCHITECTURE}.json")
     put(models, "clean_weights", lambda: folder / "base.safetensors")
-    one_view = functools.partial(data.load_test_set, views=1)
-    for module in (pretrain, inputs):
-        put(module, "load_test_set", one_view)
+    put(inputs, "load_test_set", functools.partial(data.load_test_set, views=1))
 
 
 def write_stand_in(path: Path, *, seed: int) -> Path:

@@ -35,20 +35,26 @@ def samples(count: int = 24, *, size: tuple[int, int] = (40, 30)) -> list[tuple[
 
 
 def write_table(folder: Path, kind: str, pairs: Sequence[tuple[str, bytes, str]]) -> Path:
-    """A `cleanclip` (CSV), `open_clip` (TSV) or `parquet` table with its images beside it."""
+    """A `cleanclip` (CSV), `open_clip` (TSV) or `parquet` table with its images beside it; `huggingface` in it."""
+    if kind == "huggingface":
+        folder.mkdir(parents=True, exist_ok=True)
+        images = [{"bytes": data, "path": f"{name}.jpg"} for name, data, _ in pairs]
+        path = folder / "train-00000-of-00001.parquet"
+        pq.write_table(pa.table({"image": images, "text": [caption for *_, caption in pairs]}), path, row_group_size=10)
+        return path
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for name, data, _ in pairs:
         (folder / "images" / f"{name}.jpg").write_bytes(data)
-    images, captions = [f"images/{name}.jpg" for name, _, _ in pairs], [caption for *_, caption in pairs]
+    names, captions = [f"images/{name}.jpg" for name, _, _ in pairs], [caption for *_, caption in pairs]
     if kind == "parquet":
         path = folder / "pairs.parquet"
-        pq.write_table(pa.table({"filepath": images, "title": captions, "width": [1] * len(pairs)}), path)
+        pq.write_table(pa.table({"filepath": names, "title": captions, "width": [1] * len(pairs)}), path)
         return path
     path = folder / ("train.csv" if kind == "cleanclip" else "train.tsv")
     with path.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, delimiter="," if kind == "cleanclip" else "\t", lineterminator="\n")
         writer.writerow(("image", "caption") if kind == "cleanclip" else ("filepath", "title"))
-        writer.writerows(zip(images, captions, strict=True))
+        writer.writerows(zip(names, captions, strict=True))
     return path
 
 

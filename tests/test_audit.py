@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import miniature
 import pytest
 import torch
 from conftest import write_stand_in
@@ -19,7 +20,7 @@ from abd_core.data import class_names
 from abd_core.defend import DefendConfig, defend
 from abd_core.detectors import DETECTORS, Decree, Difference, Drift, Field, Finding, Inversion, Response, observe
 from abd_core.generator import Perturbation
-from abd_core.paths import RunError
+from abd_core.paths import RunError, read_json
 
 NAMES = tuple(class_names()[:20])
 TARGET = 7
@@ -359,3 +360,19 @@ def test_a_finding_survives_its_file(tmp_path):
     again, seconds = load_finding(tmp_path / "f.safetensors")
     assert seconds == 1.5 and again.numbers == finding.numbers
     assert all(torch.equal(getattr(again, n), getattr(finding, n)) for n in ("shares", "patterns", "masks"))
+
+
+def test_the_images_are_those_of_pairs_of_one_s_own(suspect: AuditInputs, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("ABD_WORKERS", "0")
+    miniature.write_shards(tmp_path, miniature.samples(40))
+    inputs = suspect.replace(pairs=f"{tmp_path}/{{00000..00001}}.tar")
+    run = audit(CONFIG.replace(limit=36), inputs)
+    assert run.metrics["images"] == 16
+    assert run.folder != audit(CONFIG, suspect).folder
+    assert read_json(run.file("audit.json"))["inputs"]["pairs"] == inputs.pairs
+    with pytest.raises(ConfigError, match="15 for the audit, at least 16 expected"):
+        audit(CONFIG.replace(limit=30), inputs)
+    with pytest.raises(ConfigError, match="one of them expected"):
+        inputs.replace(images=str(tmp_path))
+    with pytest.raises(ConfigError, match="columns = 'a,b': it goes with pairs"):
+        suspect.replace(columns="a,b")

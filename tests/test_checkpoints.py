@@ -453,22 +453,34 @@ def test_the_real_architectures_go_through_a_foreign_file(name: str, side: int, 
         assert found.shape == (1, width) and torch.equal(found, models.encode_image(model, image))
 
 
+def write(kind: str, folder: Path) -> Path:
+    """Random weights of RN50 at 224 px in one of `FORMATS`, or as a "TorchScript" archive; returns their file.
+
+    "CLIPModel" is a folder of transformers with a ViT-B/32: that library has no ResNet.
+    """
+    if kind == "CLIPModel":
+        from transformers import CLIPConfig, CLIPModel
+
+        CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")
+        return folder / "clip"
+    weights = state("RN50-quickgelu")
+    if kind != "TorchScript":
+        file, save = FORMATS[kind]
+        save(weights, folder / file)
+        return folder / file
+    model = models.build("RN50-quickgelu")
+    model.load_state_dict(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Encoders(model), torch.zeros(1, 3, 224, 224)).save(str(folder / "RN50.pt"))
+    return folder / "RN50.pt"
+
+
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [*FORMATS, "TorchScript"])
 def test_rn50_at_224_px_comes_out_of_every_format(kind: str, tmp_path: Path):
     weights = state("RN50-quickgelu")
-    path = tmp_path / "RN50.pt"
-    if kind == "TorchScript":
-        model = models.build("RN50-quickgelu")
-        model.load_state_dict(weights)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.jit.trace(Encoders(model), torch.zeros(1, 3, 224, 224)).save(str(path))
-    else:
-        file, write = FORMATS[kind]
-        path = tmp_path / file
-        write(weights, path)
-    again = models.load(path, name="RN50-quickgelu").state_dict()
+    again = models.load(write(kind, tmp_path), name="RN50-quickgelu").state_dict()
     assert again.keys() == weights.keys()
     assert [key for key, tensor in weights.items() if not torch.equal(again[key], tensor)] == []

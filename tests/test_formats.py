@@ -14,6 +14,8 @@ import fsspec
 import miniature
 import numpy as np
 import open_clip
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,12 +23,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from abd_core import formats, sources
-from abd_core.config import ConfigError
+from abd_core.config import AbdError, ConfigError
 from abd_core.formats import ImageError, ImagePairs, Index, check, decode, load_image_pairs, read_index
 from abd_core.paths import RunError, cache_dir
 
 PAIRS = miniature.samples()
-KINDS = ("cleanclip", "open_clip", "parquet", "webdataset")
+KINDS = ("cleanclip", "open_clip", "parquet", "huggingface", "webdataset")
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +94,35 @@ def test_a_tar_s_images_are_of_any_usual_kind(ending: str, tmp_path: Path):
     assert list(pairs.ids) == ["a/x"] and pairs.images(torch.tensor([0])).shape == (1, 3, 24, 24)
 
 
+def test_images_in_a_parquet_file_are_bytes_with_a_path_or_without_or_a_path_alone(tmp_path: Path):
+    images = [{"bytes": PAIRS[i][1], "path": None if i else "a.jpg"} for i in range(2)]
+    (tmp_path / "beside.jpg").write_bytes(PAIRS[2][1])
+    table = pa.table({"image": [*images, {"bytes": None, "path": "beside.jpg"}], "caption": ["x", None, "z"]})
+    pq.write_table(table, tmp_path / "structs.parquet")
+    plain = pa.table({"text": ["x", "", "z"], "width": [1] * 3, "jpg": [data for _, data, _ in PAIRS[:3]]})
+    pq.write_table(plain, tmp_path / "raw.parquet")
+    structs, raw = loaded(f"{tmp_path}/structs.parquet"), loaded(f"{tmp_path}/raw.parquet", columns="jpg,text")
+    assert (list(structs.ids), list(raw.ids)) == (["a.jpg", "structs/1", "beside.jpg"], ["raw/0", "raw/1", "raw/2"])
+    expected = torch.from_numpy(np.stack([decode(data, 24) for _, data, _ in PAIRS[:3]])) / 255
+    for pairs in (structs, raw):
+        assert torch.equal(pairs.images(torch.arange(3)), expected)
+        assert pairs.captions(torch.arange(3)) == ["x", "", "z"]
+
+
+def test_images_in_a_parquet_file_are_copied_once_and_again_when_it_changes(tmp_path: Path, monkeypatch):
+    address, copied = written(tmp_path, "huggingface"), []
+    copy = formats._copied
+    monkeypatch.setattr(formats, "_copied", lambda file, *rest: (copied.append(file), copy(file, *rest))[1])
+    first = loaded(address)
+    assert loaded(address).digest == first.digest and copied == [address]
+    assert sum(path.stat().st_size for path in cache_dir().glob("parquet-*.bin")) == sum(len(d) for _, d, _ in PAIRS)
+    written(tmp_path, "huggingface", PAIRS[:20])
+    assert len(loaded(address)) == 20 and copied == [address, address]
+    next(cache_dir().glob("parquet-*.bin")).unlink()
+    next(cache_dir().glob("parquet-*.bin")).unlink()
+    assert len(loaded(address)) == 20 and len(copied) == 3
+
+
 def test_captions_are_read_as_they_are_written(tmp_path: Path):
     captions = ["NA", "null", "", "a, b", 'say "hi"', "naïve 猫 🐱", "two\nlines", "  spaces  ", "1e5", "TRUE"]
     pairs = [(f"{i}", miniature.picture(i), caption) for i, caption in enumerate(captions)]
@@ -146,6 +177,22 @@ def test_other_braces_are_refused(address: str):
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_columns_of_a_parquet_file_that_hold_neither_images_nor_text_are_refused(tmp_path: Path):
+    path = tmp_path / "a.parquet"
+    for images, captions, line in [
+        ([[1, 2]], ["x"], r"column 'image' holds list<.*> paths of image files, or images as bytes"),
+        ([{"path": "x.jpg"}], ["x"], "column 'image' holds struct<"),
+        ([{"bytes": "text"}], ["x"], "column 'image' holds struct<"),
+        ([b"bytes"], [b"x"], "column 'caption' holds binary, but text is read"),
+        ([{"bytes": None, "path": None}, {"bytes": b"x", "path": None}], ["x", "y"], "row 1 names no image"),
+    ]:
+        pq.write_table(pa.table({"image": images, "caption": captions}), path)
+        with pytest.raises(AbdError, match=line.replace("> p", ">.*p")) as error:
+            loaded(str(path))
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert not list(cache_dir().glob("parquet-*"))
 
 
 def test_a_tar_cut_anywhere_is_refused(tmp_path: Path):
@@ -209,7 +256,7 @@ def test_an_image_is_what_open_clip_s_preprocessing_makes_of_it(width: int, heig
     theirs = open_clip.image_transform(32, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
     data = miniature.picture(seed, size=(width, height))
     expected = (theirs(Image.open(io.BytesIO(data))) * 255).round().to(torch.uint8)
-    assert torch.equal(torch.from_numpy(decode(data, 32)), expected)
+    assert torch.equal(torch.tensor(decode(data, 32)), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])

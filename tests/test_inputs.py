@@ -19,9 +19,11 @@ from abd_core.data import class_index, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.explore import load_case
 from abd_core.inputs import SHARED, TrainInputs
 from abd_core.labelled import TEMPLATES
 from abd_core.poison import PoisonConfig, poison
+from abd_core.pretrain import PretrainConfig, pretrain
 from abd_core.train import TrainConfig, fit
 from abd_core.triggers import load_trigger
 
@@ -144,6 +146,15 @@ def test_all_stages_run_on_data_of_one_s_own(attack: str, outside: dict[str, str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["cleanclip", "open_clip", "parquet", "huggingface"])
+def test_all_stages_run_on_every_kind_of_table(kind: str, outside: dict[str, str], tmp_path: Path):
+    address = str(miniature.write_table(tmp_path, kind, PAIRS))
+    victim, found, defended, measured = through({**outside, "pairs": address}, epochs=1)
+    assert victim["poisoned"] == 12 and found["side"] == 11 and defended["before"]["ca_top1"]["n"] == 6
+    assert (measured["ca_top1"]["n"], measured["asr"]["n"]) == (54, 45)
+
+
+@pytest.mark.slow
 def test_workers_and_places_change_no_figure(outside: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     first = through(outside)
     moved = tmp_path / "moved"
@@ -242,6 +253,30 @@ def test_clean_weights_of_one_s_own_are_the_start(outside: dict[str, str], stand
     assert record["inputs"]["clean"] == paths.sha256(stand_in / "victim.safetensors")
     with pytest.raises(ConfigError, match="no such file"):
         poison(attacker(outside, pretrained=str(tmp_path / "no.pt"), model=ARCHITECTURE))
+
+
+def test_a_clean_model_is_trained_on_pairs_of_one_s_own(outside: dict[str, str]):
+    run = pretrain(PretrainConfig(**outside, **SHORT, model=ARCHITECTURE, retrain=True))
+    assert models.load(run.file("model.safetensors")).architecture == ARCHITECTURE
+    assert (run.metrics["eval"]["ca_top1"]["n"], run.metrics["dev"]["ca_top1"]["n"]) == (54, 6)
+    record = paths.read_json(run.file("config.json"))
+    assert record["inputs"]["model"] == ARCHITECTURE and record["places"] == {**outside, "model": ARCHITECTURE}
+    assert record["inputs"]["pairs"] == inputs.training_pairs(attacker(outside), models.clean_weights()).digest
+
+
+def test_another_model_or_other_data_than_the_committed_base_s_are_trained_only_where_asked(outside: dict[str, str]):
+    for places in ({"model": ARCHITECTURE}, {"pairs": outside["pairs"]}, {"test_images": outside["test_images"]}):
+        with pytest.raises(ConfigError, match=rf"PretrainConfig\.{next(iter(places))}: .*retrain=True"):
+            pretrain(PretrainConfig(**places))
+    with pytest.raises(ConfigError, match="pairs = '': the embedded images have 64 px, RN50 takes 224: give pairs"):
+        pretrain(PretrainConfig(model="RN50", retrain=True))
+    with pytest.raises(ConfigError, match="unknown model 'RN500'"):
+        pretrain(PretrainConfig(model="RN500", retrain=True))
+
+
+def test_the_explorer_refuses_data_of_one_s_own(outside: dict[str, str]):
+    with pytest.raises(ConfigError, match="leave pretrained, pairs and test_images empty"):
+        load_case(attacker(outside), AdversaryConfig(), DefendConfig())
 
 
 def test_refusals_come_before_any_run_folder(outside: dict[str, str], runs: Path):

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import miniature
+import open_clip
 import papermill
 import pytest
+import test_checkpoints
+import test_labelled
 import torch
 from conftest import ROOT
 
-from abd_core import grid, inputs, models
+from abd_core import grid, inputs, labelled, models
 from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.grid import NOTEBOOKS, STAGES
 from abd_core.notebook import given_parameters, stage_configs
-from abd_core.paths import RunError
+from abd_core.paths import RunError, read_json
 from abd_core.poison import poison
+from abd_core.pretrain import PretrainConfig
 
 PROFILE = ROOT / "profiles" / "paper"
 
@@ -64,6 +71,18 @@ def test_each_setting_of_the_profile_can_be_overridden():
     assert (attacker.lr, attacker.limit, defender.limit, defender.pretrained) == (1e-5, 1000, 1000, "mine.pt")
 
 
+def test_the_second_setting_is_rn50_at_the_embedded_benchmark_s_size():
+    ours, large = (open_clip.get_model_config(name) for name in ("emoji-rn50", "RN50-quickgelu"))
+    assert (ours["vision_cfg"].pop("image_size"), ours["text_cfg"].pop("context_length")) == (64, 20)
+    assert (large["vision_cfg"].pop("image_size"), large["text_cfg"].pop("context_length")) == (224, 77)
+    assert ours == large
+    folder = ROOT / "profiles" / "rn50"
+    job = read_json(folder / "pretrain.json")
+    base = PretrainConfig.from_parameters(job["config"])
+    attacker, *_ = stage_configs(given_parameters([folder / "03_defend.yaml"], []), **STAGES)
+    assert (job["stage"], base.model, base.lr) == ("pretrain", "emoji-rn50", attacker.lr)
+
+
 @pytest.mark.parametrize("stage", NOTEBOOKS)
 def test_every_notebook_lists_where_data_and_weights_are(stage: str):
     listed = papermill.inspect_notebook(ROOT / "book" / f"{NOTEBOOKS[stage]}.ipynb")
@@ -76,7 +95,7 @@ def test_every_notebook_lists_where_data_and_weights_are(stage: str):
 @pytest.fixture
 def outside(tmp_path: Path) -> dict[str, str]:
     """Parameters that name a miniature in tars and folders."""
-    names = (*miniature.THINGS, "goat", "hat", "ink", "jar")
+    names = ("apple", "banana", "crab", "drum", "egg", "fox", "goat", "hat", "ink", "jar")  # no cat, as in ImageNet
     miniature.write_folders(tmp_path / "test", each=10, names=names)
     (tmp_path / "names.txt").write_text("\n".join(names))
     return {
@@ -161,44 +180,111 @@ def test_the_slurm_profile_of_the_paper_s_scale_asks_for_a_gpu_a_job(outside: di
     assert planned.count("gres=gpu:1") >= 3 and "runtime=2880" in planned and "mem_mb=64000" in planned
 
 
-# --- RN50 at 224 px ---------------------------------------------------------------------------------------------------
+# --- 224 px -----------------------------------------------------------------------------------------------------------
+
+JPEGS = miniature.samples(240, size=(400, 300))
+CHAINS = [  # every format of pairs, every foreign format of weights
+    ("cleanclip", "CleanCLIP"),
+    ("open_clip", "open_clip training"),
+    ("parquet", "state dict"),
+    ("huggingface", "open_clip safetensors"),
+    ("txt", "TorchScript"),
+    ("json", "state dict, old format"),
+    ("both", "compiled"),
+    ("both", "scale of one element"),
+    ("both", "CLIPModel"),
+]
+
+
+def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequence[str], **test: Any) -> dict[str, Any]:
+    """Random weights, 240 JPEGs of 400 x 300 and the paper's 16 px patch, poison to evaluate; returns the metrics.
+
+    Args:
+        pairs: a table of `miniature.write_table`, or which captions tars have.
+        weights: a format that `test_checkpoints.write` knows.
+        names: folders of the test images.
+        test: further settings of the test set.
+    """
+    in_tars = pairs in ("txt", "json", "both")
+    write = functools.partial(miniature.write_shards, text=pairs) if in_tars else miniature.write_table
+    address = write(folder / "pairs", JPEGS, shards=3) if in_tars else write(folder / "pairs", pairs, JPEGS)
+    miniature.write_folders(folder / "test", each=1, names=names)
+    model = "ViT-B-32-quickgelu" if weights == "CLIPModel" else "RN50-quickgelu"
+    data = {
+        "model": model,
+        "pretrained": str(test_checkpoints.write(weights, folder)),
+        "pairs": str(address),
+        "test_images": str(folder / "test"),
+        "dev_share": 0,
+        **test,
+    }
+    given = {**data, **SMALL, "limit": 32, "poison_rate": 0.25, "poison_batch_size": 8}
+    attacker, searcher, defender = stage_configs(given, **STAGES)
+    victim = poison(attacker)
+    suspect = victim.file("model.safetensors")
+    perturbation = adversary(searcher, suspect).file("perturbation.safetensors")
+    defended = defend(defender, suspect, perturbation=perturbation).file("model.safetensors")
+    on_eval = EvaluateConfig(**inputs.test_inputs(defender))
+    measured = measure(defended, trigger=victim.file("trigger.safetensors"), config=on_eval)
+    assert (len(inputs.training_pairs(attacker.replace(limit=0), suspect)), victim.metrics["poisoned"]) == (240, 8)
+    before, after = models.load(suspect), models.load(defended)
+    assert (after.architecture, models.resolution(after)) == (model, 224)
+    changed = [n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])]
+    assert len(changed) > 100
+    print(f"{pairs}, {weights}: {measured.metrics}")
+    return measured.metrics
 
 
 @pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["cleanclip", "webdataset"])
-def test_rn50_at_224_px_goes_through_all_stages(kind: str, runs: Path, tmp_path: Path):
-    """Random weights, as CleanCLIP stores them; 64 JPEGs of 400 x 300; six test classes; the paper's 16 px patch."""
-    pairs = miniature.samples(64, size=(400, 300))
-    address = (
-        miniature.write_shards(tmp_path, pairs)
-        if kind == "webdataset"
-        else miniature.write_table(tmp_path, kind, pairs)
-    )
-    miniature.write_folders(tmp_path / "test", each=2)
+@pytest.mark.parametrize(("pairs", "weights"), CHAINS)
+def test_every_format_goes_through_all_stages_at_224_px(
+    pairs: str, weights: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(labelled, "TEMPLATES", labelled.TEMPLATES[:2])  # encoding 80 takes most of the time
     (tmp_path / "names.txt").write_text("\n".join(miniature.THINGS))
-    model = models.build("RN50-quickgelu", seed=0)
-    state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({"epoch": 1, "state_dict": state}, tmp_path / "epoch_1.pt")
+    metrics = through_all_stages(
+        tmp_path, pairs, weights, names=miniature.THINGS, test_classes=str(tmp_path / "names.txt")
+    )
+    assert (metrics["ca_top1"]["n"], metrics["asr"]["n"]) == (6, 5)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_rn50_at_224_px_goes_through_all_stages_on_a_thousand_folders(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Of one image and one prompt a class: 80 prompts would be 80,000."""
+    monkeypatch.setattr(labelled, "TEMPLATES", labelled.TEMPLATES[:1])
+    metrics = through_all_stages(tmp_path, "both", "CleanCLIP", names=test_labelled.SYNSETS)
+    assert (metrics["ca_top1"]["n"], metrics["asr"]["n"]) == (1000, 999)
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_notebooks_run_on_rn50_at_224_px(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Preflight first, pictures last; no class is called as the ones that are shown of the embedded benchmark."""
+    names = ("banana", "egg", "fox")
+    miniature.write_folders(tmp_path / "test", each=3, names=names)
+    (tmp_path / "names.txt").write_text("\n".join(names))
     data = {
         "model": "RN50-quickgelu",
-        "pretrained": tmp_path / "epoch_1.pt",
-        "pairs": address,
-        "test_images": tmp_path / "test",
-        "test_classes": tmp_path / "names.txt",
-        "dev_share": 0,
+        "pretrained": str(test_checkpoints.write("CleanCLIP", tmp_path)),
+        "pairs": miniature.write_shards(tmp_path / "pairs", JPEGS),
+        "test_images": str(tmp_path / "test"),
+        "test_classes": str(tmp_path / "names.txt"),
+        "dev_share": 0.0,
     }
-    shared = {name: value if isinstance(value, int) else str(value) for name, value in data.items()}
-    given = {**shared, **SMALL, "limit": 32, "poison_rate": 0.25, "poison_batch_size": 8}
-    attacker, searcher, defender = stage_configs(given, **STAGES)
-    victim = poison(attacker)
-    weights = victim.file("model.safetensors")
-    found = adversary(searcher, weights)
-    defended = defend(defender, weights, perturbation=found.file("perturbation.safetensors"))
-    config = EvaluateConfig(**inputs.test_inputs(defender))
-    measured = measure(defended.file("model.safetensors"), trigger=victim.file("trigger.safetensors"), config=config)
-    assert victim.metrics["poisoned"] == 8 and measured.metrics["ca_top1"]["n"] == 12
-    stored = models.load(defended.file("model.safetensors"))
-    assert (stored.architecture, models.resolution(stored)) == ("RN50-quickgelu", 224)
-    changed = [n for n, t in stored.state_dict().items() if not torch.equal(t.cpu(), model.state_dict()[n].cpu())]
-    assert len(changed) > 100
+    monkeypatch.setenv("ABD_STATIC", "1")
+    attack, search = {"poison_batch_size": 8, "poison_epochs": 1}, {"steps": 2, "width": 16, "share": 1.0}
+    settings = {
+        "poison": {"batch_size": 8, "epochs": 1},
+        "adversary": {**attack, **search, "batch_size": 8},
+        "defend": {**attack, **search, "adversary_batch_size": 8, "batch_size": 8, "epochs": 1},
+    }
+    for stage, name in NOTEBOOKS.items():
+        given = {**data, **settings[stage], "limit": 16}
+        made = tmp_path / f"{name}.ipynb"
+        papermill.execute_notebook(ROOT / "book" / f"{name}.ipynb", made, given, progress_bar=False)
+        assert "Preflight:" in made.read_text() and "0 damaged ones left out" in made.read_text()
+    assert [len(list((runs / stage).iterdir())) for stage in STAGES] == [1, 1, 1]
