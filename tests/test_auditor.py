@@ -45,8 +45,7 @@ def child(shown: Auditor, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ended(shown: Auditor) -> str:
     assert shown.thread is not None
-    shown.thread.join(120)
-    assert not shown.thread.is_alive()
+    shown.thread.join()
     assert shown.controls["stop"].disabled and not shown.controls["start"].disabled
     return shown._said.value
 
@@ -113,9 +112,7 @@ def test_an_audit_can_be_stopped_and_says_so(runs: Path, monkeypatch: pytest.Mon
     shown = Auditor(CONFIG, AuditInputs(checkpoint="x.safetensors"))
     child(shown, "import sys, time; print('drift:  40%|', file=sys.stderr, flush=True); time.sleep(600)", monkeypatch)
     shown.controls["start"].click()
-    for _ in range(600):
-        if shown._bar.value == 40:
-            break
+    while shown._bar.value != 40 and shown.thread.is_alive():
         time.sleep(0.1)
     assert (shown._bar.value, shown._bar.description) == (40, "drift")
     shown.controls["stop"].click()
