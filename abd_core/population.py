@@ -156,7 +156,7 @@ def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -
     """
     known = {member.name: targets(member.config) for member in adaptive_members()}
     records = []
-    for attack, part in rows.groupby(rows["member"].str.rpartition(", seed ")[0], sort=False):
+    for attack, part in rows.groupby(rows["member"].str.replace(r", seed \d+$", "", regex=True), sort=False):
         judged = scored(part, calibration, mode)
         right = [row.suspected in known.get(row.member, [row.target]) for row in judged.itertuples()]
         records.append(
@@ -166,7 +166,7 @@ def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -
                 "took": len(judged),
                 "ASR": judged["asr"].mean(),
                 "detected": int(judged["alarm"].sum()),
-                "named": int((judged["alarm"] & pd.Series(right, judged.index, dtype=bool)).sum()),
+                "named": sum(alarm and hit for alarm, hit in zip(judged["alarm"], right, strict=True)),
                 "probability": judged["probability"].mean(),
             }
         )

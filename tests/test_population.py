@@ -121,11 +121,13 @@ def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_atta
             {**plain, **low, "member": "BadNet, four targets, seed 2", "suspected": names[0]},
             {**plain, **high, "member": "BadNet, seed 0", "suspected": names[3]},
             {**plain, **high, "member": "BadNet, seed 1", "suspected": names[0], "asr": 0.2, "label": -1},
+            {**plain, **high, "member": "SIG, seed 0", "suspected": names[0], "asr": 0.2, "label": -1},
         ]
     )
     found = population.adaptive_verdicts(table, fitted, "compared")
     assert found.loc["BadNet, four targets", ["victims", "took", "detected", "named"]].tolist() == [3, 3, 2, 1]
     assert found.loc["BadNet", ["victims", "took", "detected", "named", "ASR"]].tolist() == [2, 1, 1, 0, 1.0]
+    assert found.loc["SIG", ["victims", "took", "detected", "named"]].tolist() == [1, 0, 0, 0]
     assert population.adaptive_verdicts(table[:0], fitted, "compared").empty
 
 
