@@ -471,11 +471,13 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m abd_core.audit", description="Audits a CLIP checkpoint.")
     parser.add_argument("checkpoint")
-    for name in ("reference", "images", "pairs", "classes"):
-        parser.add_argument(f"--{name}", default=getattr(AuditInputs(), name))
-    given = parser.parse_args(arguments)
-    inputs = AuditInputs.from_parameters(vars(given))
-    run = audit(AuditConfig(), inputs)
+    kinds: tuple[type[Config], ...] = (AuditInputs, AuditConfig)
+    for field in (field for kind in kinds for field in dataclasses.fields(kind) if field.name != "checkpoint"):
+        name, text = field.name.replace("_", "-"), field.metadata["help"]
+        parser.add_argument(f"--{name}", default=field.default, metavar="VALUE", help=f"{text} ({field.default!r})")
+    given = vars(parser.parse_args(arguments))
+    inputs = AuditInputs.from_parameters({name: given[name] for name in AuditInputs.names()})
+    run = audit(AuditConfig.from_parameters({name: given[name] for name in AuditConfig.names()}), inputs)
     print(escape.terminal(read_json(run.file("audit.json"))["sentence"]))
     print(f"Report: {shown(run.file('audit.html'))}")
     return 0

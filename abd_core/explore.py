@@ -321,7 +321,7 @@ def bar(share: float, *, hit: bool = False, interval: tuple[float, float] | None
     return f'<span class="{kind}" aria-hidden="true"><i style="width:{100 * share:.1f}%"></i>{line}</span>'
 
 
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Rows of ready HTML cells; the first of a row is its header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = "".join(
@@ -351,7 +351,7 @@ def look(
                 (escape.markup(a.kind), bar(a.share, hit=a.kind == case.trigger.target), f"{100 * a.share:.0f} %")
                 for a in part.rename(columns={"class": "kind"}).itertuples()
             ]
-            tables.append(_table(model, ["class", "", "share"], rows))
+            tables.append(html_table(model, ["class", "", "share"], rows))
         pixels = picture(view, f"the picture, {name}")
         figures.append(f"<figure>{pixels}<figcaption>{name}</figcaption>{''.join(tables)}</figure>")
     return f'<div class="abd-look">{"".join(figures)}</div>'
@@ -365,7 +365,7 @@ def captions_html(case: Case, image: torch.Tensor, captions: Sequence[str], trig
         (escape.markup(caption), view, *(f"{value:.1f}" for value in values))
         for (caption, view), *values in table.itertuples()
     ]
-    return _table("100 x cosine with the caption", ["caption", "picture", *table.columns], rows)
+    return html_table("100 x cosine with the caption", ["caption", "picture", *table.columns], rows)
 
 
 def neighbours_html(case: Case, image: torch.Tensor, trigger: Trigger | None = None, *, view: str = "triggered") -> str:
@@ -405,7 +405,7 @@ def results_html(results: pd.DataFrame, attack: str, metric: str = "asr", defenc
     if not cells:
         return f"<p>{escape.markup(attack)}: no rows yet.</p>"
     head = ["defence", "", "% [95 % interval]", "seeds", "paper, %"]
-    return _table(f"{METRICS[metric]} on {escape.markup(attack)}", head, cells)
+    return html_table(f"{METRICS[metric]} on {escape.markup(attack)}", head, cells)
 
 
 def plain_defences(results: pd.DataFrame) -> list[str]:

@@ -79,6 +79,7 @@ ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for
 QUIET = {"quiet_weight": 1.0}  # the attacker knows the defence: see abd_core.quiet
 ATTACKS |= {
     "BadNet, quiet": {**ATTACKS["BadNet"], **QUIET},
+    "BadNet, quiet 4": {**ATTACKS["BadNet"], "quiet_weight": 4.0},
     "BadNet-Frame, quiet": {**ATTACKS["BadNet-Frame"], **QUIET},
     "Blended, alpha 0.1": {**ATTACKS["Blended"], "blend_alpha": 0.1},
     "BadNet, four targets": {**ATTACKS["BadNet"], "further_targets": 3},
@@ -162,7 +163,7 @@ GRIDS: dict[str, Grid] = {
     # An attacker who knows ABD and the audit: no drift, no place, no single target for them to find.
     "adaptive": Grid(
         (
-            *("BadNet, quiet", "BadNet-Frame", "BadNet-Frame, quiet", "BadNet-Scattered"),
+            *("BadNet, quiet", "BadNet, quiet 4", "BadNet-Frame", "BadNet-Frame, quiet", "BadNet-Scattered"),
             *("Blended, alpha 0.1", "BadNet, four targets"),
         ),
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),

@@ -23,20 +23,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from abd_core import models, suspicion
 from abd_core.audit import AuditConfig, AuditInputs, audit, settings
 from abd_core.config import AbdError, digest
-from abd_core.data import class_names, load_pairs, rng
+from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.grid import GRIDS, Cell, use_cores
 from abd_core.paths import Run, atomic, read_json, sha256, shown
-from abd_core.poison import PoisonConfig, planted, poison, poisoned_places
+from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
 from abd_core.text import TEMPLATES
 from abd_core.train import progress
 from abd_core.triggers import TRIGGERS, load_trigger
-from abd_core.verdict import MODES, STATISTICS, adaptive_table, default_table
+from abd_core.verdict import MODES, STATISTICS, Calibration, adaptive_table, default_table, scored
 
 SIZE = 40  # members of each kind
 SEEDS = {"poisoned": 200, "clean": 300}  # of the first member; none that the grid tunes or reports on
@@ -135,6 +136,42 @@ def adaptive_members() -> list[Member]:
     attacks, seeds = GRIDS["adaptive"].attacks, GRIDS["adaptive"].seeds
     cells = [Cell(attack, VICTIM, seed, "eval") for attack in (*PLAIN, *attacks) for seed in seeds]
     return [Member(i, "poisoned", "report", cell.job().config, cell_name(cell)) for i, cell in enumerate(cells)]
+
+
+def targets(config: PoisonConfig) -> list[str]:
+    """All classes that an attack sends images to, the first trigger's first."""
+    return [config.target, *(t.target for t in further_triggers(config, class_names(), resolution=CELL))]
+
+
+def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -> pd.DataFrame:
+    """What the verdict makes of the adaptive victims, a row an attack.
+
+    Args:
+        rows: of `adaptive_table`, as `read_population` gives them.
+        calibration: chosen on other models, of the same `mode`.
+
+    Returns:
+        index: the attack; columns `victims`, `took` (ASR of at least a half), `ASR` (the mean of those), and of those
+        `detected`, `named` (detected, and the class suspected most is one of the attacker's) and `probability` (mean).
+    """
+    known = {member.name: targets(member.config) for member in adaptive_members()}
+    records = []
+    for attack, part in rows.groupby(rows["member"].str.replace(r", seed \d+$", "", regex=True), sort=False):
+        judged = scored(part, calibration, mode)
+        right = [row.suspected in known.get(row.member, [row.target]) for row in judged.itertuples()]
+        records.append(
+            {
+                "attack": attack,
+                "victims": len(part),
+                "took": len(judged),
+                "ASR": judged["asr"].mean(),
+                "detected": int(judged["alarm"].sum()),
+                "named": sum(alarm and hit for alarm, hit in zip(judged["alarm"], right, strict=True)),
+                "probability": judged["probability"].mean(),
+            }
+        )
+    columns = ["attack", "victims", "took", "ASR", "detected", "named", "probability"]
+    return pd.DataFrame(records, columns=columns).set_index("attack")
 
 
 def cell_name(cell: Cell) -> str:
@@ -296,10 +333,10 @@ def _made(
     try:
         running = {pool.submit(make, member, audited): member for member in left}
         for future in as_completed(running):
-            error = future.exception()
-            if error is not None and not isinstance(error, AbdError):
-                raise error
-            yield running[future], error or future.result()
+            try:
+                yield running[future], future.result()
+            except AbdError as error:
+                yield running[future], error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -123,6 +123,109 @@ if len(population):  # ranking the victims' training pairs (abd_core.suspicion):
     ranked = population[population["label"] == 1]
     display(ranked.groupby("attack")[[c for c in population if c.startswith("ap_")]].mean().round(3))
 
+# %% [markdown]
+# ## An attacker who knows the audit
+#
+# Whoever knows ABD and this audit has several ways round them, and each is an attack here (grid `adaptive`):
+#
+# - **quiet**: while poisoning, the victim is also trained to answer universal perturbations as the clean model does. They are searched for
+#   on the way, as ABD-D does it: universal adversarial training {cite}`shafahi2020universal` (`abd_core.quiet`);
+# - **a trigger where patches never go**: the image's outermost ring (*BadNet-Frame*), which the audit's windows leave out and ABD's patch
+#   seldom reaches; and the same, quiet;
+# - **a spread trigger**: nine small pieces (*BadNet-Scattered*), or a pattern all over the image at half of Blended's weight;
+# - **several targets**: four triggers with a class each.
+#
+# The table holds those victims that took (ASR of at least a half) under the calibration above, which saw none of them. *named* counts the
+# detected ones whose most suspected class is one of the attacker's; *BadNet* and *Blended* are the attacks that these start from.
+
+# %%
+from abd_core.population import adaptive_verdicts
+from abd_core.verdict import adaptive_table
+
+known = read_population(adaptive_table())
+for mode in MODES:
+    if len(known) and fitted[mode] is not None:
+        display(adaptive_verdicts(known, fitted[mode], mode).round(2).rename_axis(f"attack ({mode})"))
+if not len(known):
+    print("No adaptive victim has been audited yet.")
+
+# %% [markdown]
+# What the defences make of the same victims, on the evaluation split: means over seeds in %, with 95 % intervals where there are several
+# seeds. *none* is the victim.
+
+# %%
+from abd_core.grid import GRIDS
+from abd_core.results import ResultsConfig, differences, means, read_results, shown_difference
+
+results = read_results(ResultsConfig().path)
+results = results[results["split"] == "eval"]
+adaptive = GRIDS["adaptive"]
+rows = results[results["attack"].isin(adaptive.attacks) & results["defence"].isin(["none", *adaptive.defences])]
+for metric, name in {"asr": "ASR", "ca_top1": "CA"}.items():
+    if len(part := rows[rows["metric"] == metric]):
+        table = means(part).droplevel("metric")
+        cells = [f"{100 * r.mean:.1f}" + (f" ± {100 * r.half:.1f}" if r.seeds > 1 else "") for r in table.itertuples()]
+        display(pd.Series(cells, table.index).unstack("defence").fillna("").rename_axis(f"{name}, %"))
+if not len(rows):
+    print("No adaptive victim has been defended yet.")
+
+# %% [markdown]
+# ## Without clean weights
+#
+# The audit works without them, on the suspect alone; then what any CLIP does under such patches counts against it. ABD's Eq. (2) needs a
+# normal encoder. Where there are no clean weights, three things may stand in for it: the suspect fine-tuned on the defender's clean pairs,
+# the suspect itself, or nothing (Eq. (2) is left out). ABD-D, which looks for disagreement, can use the first alone.
+#
+# Below: the audit in both modes, and each of these defences minus the same one with clean weights, in points, paired by seed, with 95 %
+# intervals.
+
+# %%
+lost = [(f"ABD, {way}", "ABD") for way in ("fine-tuned for clean", "suspect for clean", "without Eq. (2)")]
+compared = differences(results, [*lost, ("ABD-D, fine-tuned for clean", "ABD-D")])
+if len(compared):
+    compared["points"] = [shown_difference(row) for row in compared.itertuples()]
+    display(compared.set_index(["defence", "attack", "metric"])["points"].unstack("metric"))
+else:
+    print("ABD without clean weights: not measured yet.")
+for name in ("AUC", "detected", "false alarms", "target named"):
+    both = {mode: rates[name] for mode, rates in worth.items() if name in rates}
+    if both:
+        print(f"audit, {name}: " + ", ".join(f"{mode} {r} % of {r.n}" for mode, r in both.items()))
+
+# %% [markdown]
+# ## What an audit costs
+#
+# Seconds of the population's audits, and what `benchmarks/audit.py` has measured. An RN50 with 1,000 classes is projected where it has not
+# been measured: the images that an audit puts through the encoder, over the images a second of a training step, which costs more than most
+# of these passes. The published settings of Neural Cleanse and DECREE are projected from a few of their steps.
+
+# %%
+from abd_core.results import BenchmarksConfig, read_benchmarks
+
+if len(population):
+    print(population.groupby("device")["audit_seconds"].describe()[["count", "50%", "max"]].round(1).to_string())
+benchmarks = read_benchmarks(BenchmarksConfig().path)
+audits = benchmarks[benchmarks["benchmark"] == "audit"]
+if len(audits):
+    display(audits.set_index(["device", "case", "variant"])[["metric", "value", "unit"]])
+encoded = audits[audits["case"].eq("1000 classes")]["value"]
+ours = benchmarks["variant"].eq("ft") & benchmarks["metric"].eq("speed")
+for step in benchmarks[ours & benchmarks["case"].str.startswith("RN50")].itertuples():
+    if len(encoded):
+        passes = f"{encoded.iloc[0]:.0f} images at {step.value:.0f} a second"
+        print(f"RN50, 1,000 classes, {step.device}: {encoded.iloc[0] / step.value:.0f} s projected ({passes})")
+
+# %% [markdown]
+# ## Drop in a checkpoint
+#
+# In JupyterLab: drop a file of weights in, or give its path, and start. The audit runs in a process of its own that can be stopped; what its
+# detectors have found by then is kept. On a page of the book, the report of the audit above stands here instead.
+
+# %%
+from abd_core.auditor import auditor
+
+auditor(config, inputs)
+
 # %% tags=["nbval-check-output"]
 from abd_core.detectors import Decree, Inversion
 

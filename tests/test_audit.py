@@ -203,6 +203,17 @@ def test_published_settings_are_a_preset_of_their_own():
     assert (Inversion.THRESHOLD, Decree.THRESHOLD) == (2.0, 0.1)
 
 
+def test_an_audit_with_published_settings_runs_from_end_to_end_but_for_their_length(stand_in, monkeypatch):
+    """Every published setting but the number of steps, which takes days."""
+    for kind in (Inversion, Decree):
+        monkeypatch.setattr(kind, "published", {**kind.published, "steps": 2})
+    config = CONFIG.replace(preset="published")
+    run = audit(config, AuditInputs(checkpoint=str(stand_in / "victim.safetensors"), reference="none"))
+    inverted, _ = load_finding(run.file("inversion.safetensors"))
+    assert inverted.numbers["classes"] == list(range(len(class_names())))  # all of them, not only the suspected ones
+    assert {"inversion", "decree"} <= set(run.metrics["statistics"]["alone"])
+
+
 # --- the stage ------------------------------------------------------------------------------------------------
 
 
@@ -290,12 +301,15 @@ def test_a_clean_model_with_a_little_noise_on_its_weights_raises_no_alarm(pictur
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_clean_clip_fine_tuned_on_other_clean_data_raises_no_alarm(runs):
+def test_a_clean_clip_fine_tuned_on_other_clean_data_raises_no_alarm_and_a_victim_does(runs):
     from abd_core.poison import PoisonConfig, poison
 
-    model = poison(PoisonConfig(rate=0.0, limit=2000, epochs=1, batch_size=64, warmup_steps=20, seed=400))
-    run = audit(AuditConfig(), AuditInputs(checkpoint=str(model.file("model.safetensors"))))
-    assert run.metrics["works"] and not verdict_of(run).alarm
+    short = {"batch_size": 64, "warmup_steps": 20, "seed": 400}
+    clean = poison(PoisonConfig(**short, rate=0.0, limit=2000, epochs=1))
+    bad = poison(PoisonConfig(**short, rate=0.3, epochs=2))
+    runs_of = [audit(AuditConfig(), AuditInputs(checkpoint=str(m.file("model.safetensors")))) for m in (clean, bad)]
+    assert all(run.metrics["works"] for run in runs_of)
+    assert [verdict_of(run).alarm for run in runs_of] == [False, True]  # the second: this alarm can be raised
 
 
 @pytest.mark.slow

@@ -9,10 +9,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from conftest import ARCHITECTURE
 from test_audit import CHEAP
+from test_verdict import population as rows_of_models
 
 from abd_core import audit as audit_module
 from abd_core import models, population
@@ -21,10 +23,10 @@ from abd_core.config import AbdError
 from abd_core.grid import GRIDS, SEEDS
 from abd_core.paths import RunError
 from abd_core.poison import poison, poisoned_places
-from abd_core.population import HALVES, Member, adaptive_members, members, read_rows, training_pairs
+from abd_core.population import HALVES, Member, adaptive_members, members, read_rows, targets, training_pairs
 from abd_core.text import TEMPLATES
 from abd_core.triggers import TRIGGERS
-from abd_core.verdict import adaptive_table, default_table
+from abd_core.verdict import STATISTICS, adaptive_table, calibrate, default_table
 
 SMALL = {"limit": 64, "epochs": 1, "batch_size": 16, "warmup_steps": 2}
 AUDITED = AuditConfig(limit=64, count=16, recovery_steps=1)
@@ -103,6 +105,30 @@ def test_the_adaptive_victims_are_those_of_the_grid_beside_the_attacks_they_star
     assert {member.half for member in found} == {"report"}
     plain = [member.name for member in found if "quiet_weight" not in member.config.to_dict()]
     assert "BadNet, seed 0" in plain and "BadNet, quiet, seed 0" not in plain
+
+
+def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_attacks_that_took():
+    fitted = calibrate(rows_of_models(20, gap=6), "compared")
+    several = next(member for member in adaptive_members() if member.config.further_targets)
+    names = targets(several.config)
+    assert len(names) == 4 and len(set(names)) == 4 and names[0] == several.config.target
+    plain = {"kind": "poisoned", "target": names[0], "label": 1, "asr": 1.0}
+    high, low = (dict.fromkeys([f"{name}_compared" for name in STATISTICS], value) for value in (3.0, 0.0))
+    table = pd.DataFrame(
+        [
+            {**plain, **high, "member": "BadNet, four targets, seed 0", "suspected": names[3]},
+            {**plain, **high, "member": "BadNet, four targets, seed 1", "suspected": "no target of it"},
+            {**plain, **low, "member": "BadNet, four targets, seed 2", "suspected": names[0]},
+            {**plain, **high, "member": "BadNet, seed 0", "suspected": names[3]},
+            {**plain, **high, "member": "BadNet, seed 1", "suspected": names[0], "asr": 0.2, "label": -1},
+            {**plain, **high, "member": "SIG, seed 0", "suspected": names[0], "asr": 0.2, "label": -1},
+        ]
+    )
+    found = population.adaptive_verdicts(table, fitted, "compared")
+    assert found.loc["BadNet, four targets", ["victims", "took", "detected", "named"]].tolist() == [3, 3, 2, 1]
+    assert found.loc["BadNet", ["victims", "took", "detected", "named", "ASR"]].tolist() == [2, 1, 1, 0, 1.0]
+    assert found.loc["SIG", ["victims", "took", "detected", "named"]].tolist() == [1, 0, 0, 0]
+    assert population.adaptive_verdicts(table[:0], fitted, "compared").empty
 
 
 def test_several_triggers_are_all_in_the_ranked_pairs(stand_in: Path):
