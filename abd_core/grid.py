@@ -14,11 +14,12 @@ import csv
 import dataclasses
 import functools
 import logging
+import multiprocessing
 import os
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,8 +281,19 @@ class Job:
                 text = f"{error.ename}: {error.evalue}"
             raise JobError(f"{text.splitlines()[0]} ({shown(target)})") from error
 
+    def call(self) -> None:
+        """Run its stage in this process, without a notebook.
+
+        Raises:
+            JobError: it failed; the text is one line.
+        """
+        try:
+            self.collect()
+        except Exception as error:  # of many kinds, as in `execute`
+            raise JobError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+
     def collect(self) -> None:
-        """Write the record. The runs that it takes from are those that the notebook made: loaded, not made again."""
+        """Write the record. The runs that it takes from are loaded where the notebook has made them."""
         victim, *later = self.chain()
         own = attacked = poison(victim.config)
         metrics = {split: attacked.metrics[split] for split in SEEDS}
@@ -422,6 +434,7 @@ def run(
     cells: Iterable[Cell],
     *,
     processes: int = 1,
+    notebooks: bool = True,
     output: Path | None = None,
     common: Mapping[str, Any] | None = None,
 ) -> list[str]:
@@ -432,6 +445,8 @@ def run(
 
     Args:
         processes: notebooks at a time, each with its share of the cores, or with `OMP_NUM_THREADS` where that is set.
+        notebooks: False calls the stages in as many processes of their own. It saves the start of a kernel and the
+            figures for each job, which on a GPU take longer than the job itself; no executed notebook is left.
         output: default `data/results/grid.csv`; written after each job.
         common: parameters for every cell, see `Cell.job`.
 
@@ -454,7 +469,9 @@ def run(
     use_cores(processes)
     write_table(output, jobs)
     todo, failed, running = dict(missing), dict[Job, str](), dict[Future[None], Job]()
-    pool = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
+    pool: Executor = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
+    if not notebooks:
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
     with progress(stage="grid", total=total, initial=total - len(missing), unit="job") as bar:
         try:
             while todo or running:
@@ -464,12 +481,14 @@ def run(
                     if job.base in failed:
                         failed[job] = ""
                     else:
-                        running[pool.submit(job.execute, title(job, cell))] = job
+                        started = (job.execute, title(job, cell)) if notebooks else (job.call,)
+                        running[pool.submit(*started)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     try:
                         future.result()
-                        job.collect()
+                        if notebooks:
+                            job.collect()
                         write_table(output, jobs)
                     except AbdError as error:
                         failed[job] = f"{NOTEBOOKS[job.stage]} of {title(job, missing[job])}: {error}"
@@ -477,6 +496,11 @@ def run(
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return [line for line in failed.values() if line]
+
+
+def _quiet() -> None:
+    """No bars of processes that share a terminal."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def title(job: Job, cell: Cell) -> str:
@@ -531,6 +555,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("grids", nargs="*", metavar="grid", help=f"any of {', '.join(GRIDS)}")
     parser.add_argument("--list", action="store_true", help="show the grids and their size, and end")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="notebooks at a time (1)")
+    parser.add_argument("--no-notebooks", action="store_true", help="call the stages themselves, for a GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=(), metavar="SEED", help="instead of the grids' own")
     parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
     parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
@@ -560,7 +585,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if common and not given.output:
         raise ConfigError("parameters for every cell: --output expected, the committed table is of the defaults")
     output = given.output or default_table()
-    failures = run(cells, processes=given.processes, output=output, common=common)
+    failures = run(cells, processes=given.processes, notebooks=not given.no_notebooks, output=output, common=common)
     for line in failures:
         print(f"failed: {line}", file=sys.stderr)
     left = undone({cell: cell.job(common) for cell in cells}, output)

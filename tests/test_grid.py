@@ -254,6 +254,27 @@ def test_kernels_share_the_cores_unless_told_otherwise(monkeypatch: pytest.Monke
 
 
 @pytest.mark.slow
+def test_without_notebooks_processes_give_the_numbers_that_this_one_gives(
+    small: Path, stand_in: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    cells = Grid(("BadNet", "no such target"), ("FT",), (3,)).cells()
+    (tmp_path / "sitecustomize.py").write_text((small / "1.py").read_text())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    (line,) = grid.run(cells, processes=2, notebooks=False, output=tmp_path / "grid.csv")
+    assert line == "01_poison of no such target, seed 3: ConfigError: unknown class 'bananna'; did you mean 'banana'?"
+    assert not list((runs / "grid").glob("*.ipynb"))
+
+    table = read(tmp_path / "grid.csv")
+    monkeypatch.setenv("ABD_RUNS", str(tmp_path / "others"))
+    for cell in cells[:2]:
+        for job in cell.job().chain():
+            job.collect()
+        for row in grid.rows(cell, cell.job(), grid.paper_values()):
+            (found,) = [r for r in table if r["defence"] == cell.defence and r["metric"] == row["metric"]]
+            assert float(found["value"]) == row["value"] and found["run_id"] == row["run_id"]
+
+
+@pytest.mark.slow
 def test_a_small_grid_through_papermill_survives_a_killed_kernel_and_gives_the_stages_own_numbers(
     small: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
