@@ -84,6 +84,7 @@ ATTACKS |= {
     "BadNet-Frame, quiet": {**ATTACKS["BadNet-Frame"], **QUIET},
     "Blended, alpha 0.1": {**ATTACKS["Blended"], "blend_alpha": 0.1},
     "BadNet, four targets": {**ATTACKS["BadNet"], "further_targets": 3},
+    "BadNet, four targets, rate 0.4": {**ATTACKS["BadNet"], "further_targets": 3, "poison_rate": 0.4},  # BadNet's each
 }
 DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
     "I + T": {"defence": "abd", "view": "clean", "eda": False},  # the paper's FT, with ABD's own settings of the loop
@@ -165,7 +166,7 @@ GRIDS: dict[str, Grid] = {
     "adaptive": Grid(
         (
             *("BadNet, quiet", "BadNet, quiet 4", "BadNet-Frame", "BadNet-Frame, quiet", "BadNet-Scattered"),
-            *("Blended, alpha 0.1", "BadNet, four targets"),
+            *("Blended, alpha 0.1", "BadNet, four targets", "BadNet, four targets, rate 0.4"),
         ),
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
         range(3),

@@ -133,7 +133,7 @@ if len(population):  # ranking the victims' training pairs (abd_core.suspicion):
 # - **a trigger where patches never go**: the image's outermost ring (*BadNet-Frame*), which the audit's windows leave out and ABD's patch
 #   seldom reaches; and the same, quiet;
 # - **a spread trigger**: nine small pieces (*BadNet-Scattered*), or a pattern all over the image at half of Blended's weight;
-# - **several targets**: four triggers with a class each.
+# - **several targets**: four triggers with a class each, at BadNet's dose in all, and at four times that.
 #
 # The table holds those victims that took (ASR of at least a half) under the calibration above, which saw none of them. *named* counts the
 # detected ones whose most suspected class is one of the attacker's; *BadNet* and *Blended* are the attacks that these start from.
