@@ -265,6 +265,7 @@ print(next_step(inputs, run))
 #
 # In the code: [`abd_core.audit`](api.md#abd_coreaudit), [`abd_core.suspicion`](api.md#abd_coresuspicion).
 #
-# **What was learnt.** A backdoor whose trigger is a patch gives itself away: the search needs neither its place nor its target. Triggers that lie
-# all over the image show where corruptions of their kind set them off, and can go unseen where none does. A quiet audit is no proof of a
+# **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target. BadCLIP's
+# patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that has
+# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. A quiet audit is no proof of a
 # clean model, and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
