@@ -129,12 +129,12 @@ class Timed:
         return self.pairs.images(*given, **more)
 
 
-def defence_of(name: str, pairs: TrainingPairs, patch: torch.Tensor, *, epochs: int = 1) -> FineTuningDefence:
+def defence_of(name: str, pairs: TrainingPairs, patch: torch.Tensor) -> FineTuningDefence:
     """The defence with BatchNorm in training, as the plain loop has it."""
     kind = DEFENCES[name]
     assert issubclass(kind, FineTuningDefence)
     perturbation = Perturbation("patch", patch, pairs.resolution, "random") if kind.needs_perturbation else None
-    config = DefendConfig(defence=name, batch_size=BATCH, epochs=epochs, batch_norm="train")
+    config = DefendConfig(defence=name, batch_size=BATCH, epochs=1, batch_norm="train")
     return kind(config, pairs, perturbation=perturbation)
 
 
@@ -144,7 +144,6 @@ def loop(
     patch: torch.Tensor,
     *,
     recorded: bool = True,
-    epochs: int = 1,
     compiled: bool = False,
 ) -> tuple[float, float]:
     """The stage's own training, `train.fit`, with this defence; its encoders recorded as CUDA graphs or not."""
@@ -158,7 +157,7 @@ def loop(
             stack.callback(setattr, graphs, "WARM", graphs.WARM)
             graphs.WARM = 10**9
         folder = stack.enter_context(TemporaryDirectory())
-        defence_of(name, timed, patch, epochs=epochs).defend(model, Path(folder))
+        defence_of(name, timed, patch).defend(model, Path(folder))
     return clock.read(timed.step, recorded=recorded)
 
 
@@ -312,9 +311,10 @@ def main() -> None:
         with TemporaryDirectory() as folder:
             address = tars(Path(folder), pairs.captions(torch.arange(20 * BATCH), seed=0, epoch=0))
             stored = load_image_pairs(address, resolution=pairs.resolution)
+            stored = stored.take([*range(len(stored))] * 4)  # an epoch long enough for workers to get under way
             for name in ("ft", "abd"):
                 if time.monotonic() < until:
-                    spent, _ = loop(name, stored, patch, epochs=4)
+                    spent, _ = loop(name, stored, patch)
                     variant, speed = f"{name} from tars", BATCH / spent
                     report.note(case, variant, "speed", "images/s", speed, ratio=taken[name] / spent)
                     report.note(case, variant, "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
