@@ -161,8 +161,10 @@ def recorded(model: open_clip.CLIP, *, on: bool = True) -> Iterator[None]:
     Args:
         on: False does nothing, for a loop that encodes in parts or over several ranks.
     """
-    already = isinstance(model.encode_text, Encoder)  # one model may stand for two
-    if not on or already or not next(model.parameters()).is_cuda:
+    if not on or not next(model.parameters()).is_cuda:
+        yield
+        return
+    if isinstance(model.encode_text, Encoder):  # already: one model may stand for two
         yield
         return
     model.visual.forward = Encoder(model.visual, model.visual.forward)

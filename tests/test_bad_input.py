@@ -401,9 +401,9 @@ case(
     *("p.parquet", "its columns are 'image', 'width'"),
 )
 case(
-    "a Parquet file with embedded images",
-    lambda w: trained(w, parquet(w, image=[b"bytes"], caption=["x"])),
-    *("p.parquet", "column 'image' holds binary", "use tars"),
+    "a Parquet file whose images are lists",
+    lambda w: trained(w, parquet(w, image=[[1, 2]], caption=["x"])),
+    *("p.parquet", "column 'image' holds list", "paths of image files, or images as bytes"),
 )
 case(
     "a Parquet file whose captions are numbers",

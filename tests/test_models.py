@@ -61,8 +61,8 @@ def test_a_build_repeats_with_its_seed_and_leaves_the_global_stream_alone(stand_
 
 
 def test_an_unknown_architecture_is_refused_with_a_suggestion():
-    with pytest.raises(ConfigError, match=r"unknown model 'emoji-rn15'; did you mean 'emoji-rn14'\?"):
-        models.build("emoji-rn15")
+    with pytest.raises(ConfigError, match=r"unknown model 'emoji-rm14'; did you mean 'emoji-rn14'\?"):
+        models.build("emoji-rm14")
 
 
 def test_a_frozen_model_is_in_eval_mode_without_gradients(model: open_clip.CLIP):
