@@ -1,0 +1,622 @@
+"""Many stage runs through papermill, and one tidy table of their results: attacks x defences x seeds.
+
+    python -m abd_core.grid --list                              # the grids and their size
+    python -m abd_core.grid table1 ablations --processes 2      # makes what is missing, writes data/results/grid.csv
+
+The tables below are meant to be edited: a label stands for parameters of `book/03_defend.ipynb`, a grid for labels and
+seeds. What is registered in `TRIGGERS` and in `DEFENCES` has a label without further ado.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import functools
+import logging
+import multiprocessing
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import papermill
+import torch
+from papermill.exceptions import PapermillExecutionError
+
+from abd_core import defences, escape, inputs, triggers
+from abd_core.adversary import AdversaryConfig, adversary
+from abd_core.config import AbdError, Config, ConfigError, digest, unknown
+from abd_core.defend import DefendConfig, defend
+from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.notebook import given_parameters, stage_configs, stage_parameters
+from abd_core.paths import atomic, data_dir, read_json, regular, root, runs_dir, sha256, shown, write_json
+from abd_core.poison import PoisonConfig, poison
+from abd_core.results import COLUMNS, CONTROLS, VICTIM
+from abd_core.train import progress
+
+# --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
+
+PLACES = {"top left": "top-left", "bottom right": "bottom-right"}
+# One open reading (README) or setting of ABD at a time; the label is "ABD, <reading>".
+READINGS: dict[str, dict[str, Any]] = {
+    "additive": {"mode": "additive"},
+    "additive 0.06": {"mode": "additive", "magnitude": 0.06},
+    "additive 0.12": {"mode": "additive", "magnitude": 0.12},
+    "patch area 0.01": {"magnitude": 0.01},
+    "patch area 0.06": {"magnitude": 0.06},
+    "fixed placement": {"placement": "fixed"},
+    "untrained patch": {"steps": 1},
+    "clean images in Eq. (2)": {"backdoor_images": "clean"},
+    "clean negatives": {"negatives": "clean"},
+    "Eq. (2) turned round": {"backdoor_weight": -1.0},
+    "without Eq. (2)": {"backdoor_weight": 0.0},
+    "tau 0.07": {"tau": 0.07},
+    "tau of the victim": {"tau": 0.0},
+    "both views": {"view": "both"},
+    "BatchNorm of the batch": {"batch_norm": "train"},
+    "share 0.25": {"share": 0.25},
+    "share 1": {"share": 1.0},
+    "1 epoch": {"epochs": 1},
+    "6 epochs": {"epochs": 6},
+}
+# The tuning grid: learning rates, with BatchNorm's statistics of the batch and of the victim, for every defence that
+# trains; the label is "<defence>, lr <lr>[, frozen BatchNorm]". The slowest rate is for those that lose more than five
+# points of CA even at 5e-4.
+LR = ("5e-4", "1e-3")
+SEARCHED: dict[str, tuple[str, ...]] = {name: LR for name in ("FT", "ABD", "ABD-D", "ABD-D + T", "random erasing")}
+SEARCHED |= {name: ("2.5e-4", *LR) for name in ("CleanCLIP", "RoCLIP", "PAR")}
+
+ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
+    "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
+}
+DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
+DOSES = (0.01, 0.03)
+ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
+QUIET = {"quiet_weight": 1.0}  # the attacker knows the defence: see abd_core.quiet
+ATTACKS |= {
+    "BadNet, quiet": {**ATTACKS["BadNet"], **QUIET},
+    "BadNet, quiet 4": {**ATTACKS["BadNet"], "quiet_weight": 4.0},
+    "BadNet-Frame, quiet": {**ATTACKS["BadNet-Frame"], **QUIET},
+    "Blended, alpha 0.1": {**ATTACKS["Blended"], "blend_alpha": 0.1},
+    "BadNet, four targets": {**ATTACKS["BadNet"], "further_targets": 3},
+    "BadNet, four targets, rate 0.4": {**ATTACKS["BadNet"], "further_targets": 3, "poison_rate": 0.4},  # BadNet's each
+}
+DEFENCES: dict[str, dict[str, Any]] = {kind.title: {"defence": name} for name, kind in defences.DEFENCES.items()} | {
+    "I + T": {"defence": "abd", "view": "clean", "eda": False},  # the paper's FT, with ABD's own settings of the loop
+    "I_adv + T": {"defence": "abd", "eda": False},
+    "I + T_eda": {"defence": "abd", "view": "clean"},
+    "UAP + T": {"defence": "abd", "eda": False, "backdoor_weight": 0.0},  # the paper's Table III: AdvCLIP as it was
+    "ABD-D + T": {"defence": "abd-d", "eda": False},
+}
+DEFENCES |= {f"ABD, {reading}": {**DEFENCES["ABD"], **changes} for reading, changes in READINGS.items()}
+# The defender has the suspect and clean pairs: what stands in for the clean weights? "ABD, without Eq. (2)": nothing.
+DEFENCES |= {
+    "ABD, fine-tuned for clean": {**DEFENCES["ABD"], "adversary_normal": "fine-tuned"},
+    "ABD, suspect for clean": {**DEFENCES["ABD"], "adversary_normal": "suspect"},
+    "ABD-D, fine-tuned for clean": {**DEFENCES["ABD-D"], "normal": "fine-tuned"},
+}
+DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
+DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
+TUNING = {
+    f"{name}, lr {lr}{suffix}": {**DEFENCES[name], "lr": lr, "batch_norm": statistics}
+    for name, rates in SEARCHED.items()
+    for statistics, suffix in {"train": "", "frozen": ", frozen BatchNorm"}.items()
+    for lr in rates
+}
+TUNING |= {f"{name}, half of the batch": {**DEFENCES[name], "perturbed_share": 0.5} for name in ("ABD-D", "ABD-D + T")}
+DEFENCES |= TUNING
+
+# --- what is run together ---------------------------------------------------------------------------------------------
+
+SEEDS = {"eval": range(100), "dev": range(100, 200)}  # split -> its seeds: nothing reported is of a seed tuned on
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Every attack against every defence, and against none, at every seed.
+
+    Raises:
+        ConfigError: a seed is not one of the split's.
+    """
+
+    attacks: tuple[str, ...]
+    defences: tuple[str, ...]
+    seeds: Sequence[int]
+    split: str = "eval"
+
+    def __post_init__(self) -> None:
+        for seed in self.seeds:
+            if seed not in SEEDS[self.split]:
+                allowed = SEEDS[self.split]
+                raise ConfigError(f"seed {seed} on split {self.split!r}: {allowed[0]} to {allowed[-1]} expected")
+
+    def cells(self) -> list[Cell]:
+        """In the order of the labels, the victim first."""
+        names = (VICTIM, *self.defences)
+        return [
+            Cell(attack, name, seed, self.split) for attack in self.attacks for name in names for seed in self.seeds
+        ]
+
+
+PAPER = ("BadNet", "Blended", "BadCLIP")
+RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
+GRIDS: dict[str, Grid] = {
+    "table1": Grid(PAPER, RIVALS, range(5)),
+    "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(5)),  # Tables II and III
+    "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
+    "places": Grid(
+        ("BadNet", "BadNet, bottom right"),
+        (
+            *("FT", "PAR", "ABD", "ABD-D", *CONTROLS),
+            *(f"{name} {place}" for name in ("ABD, patch", "noise patch,") for place in PLACES),
+        ),
+        range(3),
+    ),
+    "zoo": Grid(
+        tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER and not kind.adaptive),
+        ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
+        range(3),
+    ),
+    # An attacker who knows ABD and the audit: no drift, no place, no single target for them to find.
+    "adaptive": Grid(
+        (
+            *("BadNet, quiet", "BadNet, quiet 4", "BadNet-Frame", "BadNet-Frame, quiet", "BadNet-Scattered"),
+            *("Blended, alpha 0.1", "BadNet, four targets", "BadNet, four targets, rate 0.4"),
+        ),
+        ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
+        range(3),
+    ),
+    "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
+    "no-clean-weights": Grid(
+        PAPER,
+        (
+            *("FT", "ABD", "ABD, fine-tuned for clean", "ABD, suspect for clean", "ABD, without Eq. (2)"),
+            *("ABD-D", "ABD-D, fine-tuned for clean"),
+        ),
+        range(3),
+    ),
+    # ABD's defaults are chosen by these two, so they stay away from what is reported.
+    "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
+    "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),
+    "small": Grid(("BadNet",), ("FT", "ABD"), (0,)),
+}
+
+# --- from a cell to its jobs ------------------------------------------------------------------------------------------
+
+STAGES: dict[str, type[Config]] = {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig}
+NOTEBOOKS = {"poison": "01_poison", "adversary": "02_adversary", "defend": "03_defend"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack, one defence, one seed, measured on one split: a row a metric."""
+
+    attack: str
+    defence: str
+    seed: int
+    split: str
+
+    def __str__(self) -> str:
+        return f"{self.attack}, {self.defence}, seed {self.seed}"
+
+    def job(self, common: Mapping[str, Any] | None = None) -> Job:
+        """What makes it.
+
+        Args:
+            common: parameters of `book/03_defend.ipynb` for every cell, such as the data; the labels' own go first.
+
+        Raises:
+            ConfigError: a label is unknown, or its parameters are not allowed.
+        """
+        if self.attack not in ATTACKS:
+            raise unknown("attack", self.attack, ATTACKS)
+        if self.defence not in DEFENCES and self.defence != VICTIM:
+            raise unknown("defence", self.defence, [VICTIM, *DEFENCES])
+        own = {**ATTACKS[self.attack], **DEFENCES.get(self.defence, {}), "seed": self.seed}
+        parameters = {**(common or {}), **own}
+        attacker, searcher, defender = stage_configs(parameters, **STAGES)
+        victim = Job("poison", attacker)
+        if self.defence == VICTIM:
+            return victim
+        base = Job("adversary", searcher, victim) if defender.needs_perturbation else victim
+        return Job("defend", defender, base, self.split)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One notebook to run: a victim, a perturbation or a defence.
+
+    Attributes:
+        stage: its own stage, and `config` that stage's settings.
+        base: the job that it stands on.
+        split: where a defended model is measured; a victim is measured on both.
+    """
+
+    stage: str
+    config: Any
+    base: Job | None = None
+    split: str = ""
+
+    def chain(self) -> list[Job]:
+        """All that it stands on, upstream first, and itself."""
+        return [*(self.base.chain() if self.base else []), self]
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Digest of all settings and of everything that is read: other defaults or other data make another job.
+
+        It is the `run_id` of the table's rows. Machine and versions are not in it: they have columns of their own.
+        """
+        stages = {job.stage: job.config.key() for job in self.chain()}
+        given = tuple((name, getattr(self.config, name)) for name in inputs.SHARED)
+        read = _inputs(self.config.limit, given, inputs.clean_weights(self.config))
+        return digest({"stages": stages, "split": self.split, "inputs": read})[:16]
+
+    @property
+    def record(self) -> Path:
+        """Its results. A job that has them is done."""
+        return folder() / f"{self.key}.json"
+
+    def execute(self, title: str) -> None:
+        """Run its notebook, and keep the executed one under a readable name.
+
+        Raises:
+            JobError: it failed; the text is one line.
+        """
+        name = NOTEBOOKS[self.stage]
+        source = root() / "book" / f"{name}.ipynb"
+        slug = re.sub(r"[^a-z0-9.]+", "-", title.lower()).strip("-")
+        target = folder() / f"{name}-{slug}-{self.key}.ipynb"
+        configs = {job.stage: job.config for job in self.chain()}
+        try:
+            parameters = stage_parameters(papermill.inspect_notebook(source), **configs)
+            papermill.execute_notebook(source, target, parameters, progress_bar=False)
+        except Exception as error:  # of many kinds: the notebook's own, a dead kernel, a full disk
+            text = f"{type(error).__name__}: {error}"
+            if isinstance(error, PapermillExecutionError):
+                text = f"{error.ename}: {error.evalue}"
+            raise JobError(f"{text.splitlines()[0]} ({shown(target)})") from error
+
+    def call(self) -> None:
+        """Run its stage in this process, without a notebook.
+
+        Raises:
+            JobError: it failed; the text is one line.
+        """
+        try:
+            self.collect()
+        except Exception as error:  # of many kinds, as in `execute`
+            raise JobError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+
+    def collect(self) -> None:
+        """Write the record. The runs that it takes from are loaded where the notebook has made them."""
+        victim, *later = self.chain()
+        own = attacked = poison(victim.config)
+        metrics = {split: attacked.metrics[split] for split in SEEDS}
+        weights, trigger = attacked.file("model.safetensors"), attacked.file("trigger.safetensors")
+        perturbation = None
+        for job in later:
+            if job.stage == "adversary":
+                own, metrics = adversary(job.config, weights), {}
+                perturbation = own.file("perturbation.safetensors")
+            else:
+                own = defend(job.config, weights, perturbation=perturbation)
+                on_split = EvaluateConfig(split=job.split, **inputs.test_inputs(job.config))
+                measured = measure(own.file("model.safetensors"), trigger=trigger, config=on_split)
+                metrics = {job.split: measured.metrics}
+        environment = read_json(own.file("config.json"))["environment"]
+        record = {"run": own.name, "seconds": own.metrics["seconds"], "environment": environment}
+        write_json(self.record, {**record, "metrics": metrics})
+
+
+class JobError(AbdError):
+    """A notebook of the grid failed."""
+
+
+def folder() -> Path:
+    """Records and executed notebooks. Made if missing."""
+    path = runs_dir() / "grid"
+    path.mkdir(exist_ok=True)
+    return path
+
+
+@functools.cache
+def _inputs(limit: int, given: tuple[tuple[str, Any], ...], clean: Path) -> dict[str, str]:
+    """Digests of what the stages read besides their settings; `given` are the values of `inputs.SHARED`."""
+    config = DefendConfig(limit=limit, **dict(given))
+    tests = {split: inputs.test_set(config, split, clean).digest for split in SEEDS}
+    return {"pairs": inputs.training_pairs(config, clean).digest, "clean": sha256(clean), **tests}
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+METRICS = ("ca_top1", "ca_top5", "asr", "asr_all", "ra")
+
+
+def default_table() -> Path:
+    """The committed table."""
+    return data_dir() / "results" / "grid.csv"
+
+
+def paper_values() -> dict[tuple[str, str, str], float]:
+    """(attack, defence, metric) -> the ABD paper's value as a share, from `data/paper.csv`."""
+    with (data_dir() / "paper.csv").open(newline="", encoding="utf-8") as f:
+        rows = [row for row in csv.DictReader(f) if row["source"] == "ABD"]
+    return {(row["attack"], row["defence"], row["metric"]): round(float(row["value"]) / 100, 6) for row in rows}
+
+
+def rows(cell: Cell, job: Job, published: Mapping[tuple[str, str, str], float]) -> list[dict[str, Any]]:
+    """The table's rows of a cell whose job has a record; values are shares in [0, 1], None where there is none."""
+    record = read_json(job.record)
+    made = record["environment"]
+    threads = f"{made['threads']} thread" + ("" if made["threads"] == 1 else "s")
+    origin = {
+        "seconds": record["seconds"],
+        "device": made["device"],
+        "versions": ", ".join([*(f"{name} {made[name]}" for name in ("python", "torch", "open_clip")), threads]),
+        "git_sha": made["git_sha"],
+        "run_id": job.key,
+    }
+    return [
+        {
+            **dataclasses.asdict(cell),
+            "metric": metric,
+            **record["metrics"][cell.split][metric],
+            "paper_value": published.get((cell.attack, cell.defence, metric)),
+            **origin,
+        }
+        for metric in METRICS
+    ]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
+    if not path.exists():
+        return []
+    regular(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            table = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AbdError(f"{path}: not a table of the grid: no CSV ({error})") from None
+    whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
+    if reader.fieldnames != list(COLUMNS) or not whole or not all(row["seed"].isdecimal() for row in table):
+        raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    return table
+
+
+def write_table(path: Path, jobs: Mapping[Cell, Job]) -> None:
+    """Put the rows of those cells that are done into the table at `path`; other rows in it stay as they are.
+
+    A cell is done whose job has rows in the table, be it under another label, or a record. The rows of a job that is
+    measured again stay the first ones, because other rows were compared with them.
+
+    Raises:
+        AbdError: the file there is another kind of table.
+    """
+    table: list[dict[str, Any]] = list(read_table(path))
+    stored: dict[str, dict[str, dict[str, Any]]] = {}  # run_id -> metric -> row
+    for row in table:
+        stored.setdefault(row["run_id"], {})[row["metric"]] = row
+    published = paper_values()
+    for cell, job in jobs.items():
+        if job.key in stored:  # also where a victim was made again, perhaps on another machine, for a further defence
+            labels = dataclasses.asdict(cell)
+            for metric, row in stored[job.key].items():
+                paper = published.get((cell.attack, cell.defence, metric), "")
+                table.append({**row, **labels, "paper_value": paper})
+        elif job.record.exists():
+            table += rows(cell, job, published)
+    latest = {(row["attack"], row["defence"], int(row["seed"]), row["split"], row["metric"]): row for row in table}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")
+        writer.writeheader()
+        for key in sorted(latest):
+            writer.writerow({n: escape.cell(v) if isinstance(v, str) else v for n, v in latest[key].items()})
+
+
+def undone(jobs: Mapping[Cell, Job], path: Path) -> dict[Cell, Job]:
+    """Those cells that have neither a record nor rows in the table at `path`."""
+    stored = {row["run_id"] for row in read_table(path)}
+    return {cell: job for cell, job in jobs.items() if job.key not in stored and not job.record.exists()}
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def run(
+    cells: Iterable[Cell],
+    *,
+    processes: int = 1,
+    notebooks: bool = True,
+    output: Path | None = None,
+    common: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Make what is missing of `cells`, and put the rows of all that are done into the table at `output`.
+
+    A job starts once what it stands on is there, so that no two notebooks make the same thing. One that fails leaves
+    out what stands on it; the others go on.
+
+    Args:
+        processes: notebooks at a time, each with its share of the cores, or with `OMP_NUM_THREADS` where that is set.
+        notebooks: False calls the stages in as many processes of their own. It saves the start of a kernel and the
+            figures for each job, which on a GPU take longer than the job itself; no executed notebook is left.
+        output: default `data/results/grid.csv`; written after each job.
+        common: parameters for every cell, see `Cell.job`.
+
+    Returns:
+        One line a failed job.
+
+    Raises:
+        ConfigError: a cell's labels or parameters are not allowed; nothing has been run then.
+    """
+    jobs = {cell: cell.job(common) for cell in cells}
+    output = output or default_table()
+    left = undone(jobs, output)
+    missing: dict[Job, Cell] = {}  # and the first cell that needs it
+    for cell, job in left.items():
+        for part in job.chain():
+            if not part.record.exists():
+                missing.setdefault(part, cell)
+    finished = {job for cell, job in jobs.items() if cell not in left}
+    total = len(missing.keys() | finished)
+    use_cores(processes)
+    write_table(output, jobs)
+    todo, failed, running = dict(missing), dict[Job, str](), dict[Future[None], Job]()
+    pool: Executor = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
+    if not notebooks:
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+    with progress(stage="grid", total=total, initial=total - len(missing), unit="job") as bar:
+        try:
+            while todo or running:
+                unfinished = {*todo, *running.values()}
+                for job in [job for job in todo if job.base not in unfinished]:
+                    cell = todo.pop(job)
+                    if job.base in failed:
+                        failed[job] = ""
+                    else:
+                        started = (job.execute, title(job, cell)) if notebooks else (job.call,)
+                        running[pool.submit(*started)] = job
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    try:
+                        future.result()
+                        if notebooks:
+                            job.collect()
+                        write_table(output, jobs)
+                    except AbdError as error:
+                        failed[job] = f"{NOTEBOOKS[job.stage]} of {title(job, missing[job])}: {error}"
+                    bar.update()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return [line for line in failed.values() if line]
+
+
+def _quiet() -> None:
+    """No bars of processes that share a terminal."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def title(job: Job, cell: Cell) -> str:
+    """What to call a job that `cell` needs."""
+    return f"{cell.attack}, seed {cell.seed}" if job.stage == "poison" else str(cell)
+
+
+def use_cores(processes: int) -> None:
+    """Let each of so many kernels, and this process, have its share of the cores."""
+    cores = len(os.sched_getaffinity(0))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    torch.set_num_threads(int(threads))
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # else it warns of settings that a notebook does not list
+
+
+def select(
+    names: Iterable[str],
+    *,
+    attacks: Sequence[str] = (),
+    defences: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+) -> list[Cell]:
+    """The cells of the grids `names`, each once.
+
+    Args:
+        attacks, defences: only these labels, all if empty; the victims themselves always stay.
+        seeds: these instead of the grids' own.
+
+    Raises:
+        ConfigError: a grid is unknown, none of the grids has a label, or a seed is not one of the split's.
+    """
+    grids = []
+    for name in names:
+        if name not in GRIDS:
+            raise unknown("grid", name, GRIDS)
+        grids.append(dataclasses.replace(GRIDS[name], seeds=seeds or GRIDS[name].seeds))
+    cells = list(dict.fromkeys(cell for grid in grids for cell in grid.cells()))
+    for what, chosen in {"attack": attacks, "defence": defences}.items():
+        known = {getattr(cell, what) for cell in cells}
+        for label in chosen:
+            if label not in known:
+                raise unknown(f"{what} in these grids", label, known)
+    return [
+        cell
+        for cell in cells
+        if (not attacks or cell.attack in attacks) and (not defences or cell.defence in (VICTIM, *defences))
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m abd_core.grid", description="Runs grids, writes their results.")
+    parser.add_argument("grids", nargs="*", metavar="grid", help=f"any of {', '.join(GRIDS)}")
+    parser.add_argument("--list", action="store_true", help="show the grids and their size, and end")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="notebooks at a time (1)")
+    parser.add_argument("--no-notebooks", action="store_true", help="call the stages themselves, for a GPU")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), metavar="SEED", help="instead of the grids' own")
+    parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
+    parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
+    parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/grid.csv)")
+    parser.add_argument(
+        "-f", "--parameters", type=Path, action="append", default=[], metavar="YAML", help="parameters for every cell"
+    )
+    parser.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter for every cell"
+    )
+    parser.add_argument("--job", metavar="KEY", help="run one job of any grid, and write no table")
+    given = parser.parse_args(arguments)
+    if given.list:
+        for name, grid in GRIDS.items():
+            sizes = (
+                f"{len(grid.attacks)} attacks x {len(grid.defences)} defences + the victim x {len(grid.seeds)} seeds"
+            )
+            print(f"{name:10} {len(grid.cells()):4} cells on {grid.split}: {sizes}")
+        return 0
+    common = given_parameters(given.parameters, given.p)
+    if given.job:
+        run_one(select(GRIDS), given.job, common)
+        return 0
+    if not given.grids or given.processes < 1:
+        parser.error("at least one grid" if not given.grids else f"--processes {given.processes}: >= 1 expected")
+    cells = select(given.grids, attacks=given.attacks, defences=given.defences, seeds=given.seeds)
+    if common and not given.output:
+        raise ConfigError("parameters for every cell: --output expected, the committed table is of the defaults")
+    output = given.output or default_table()
+    failures = run(cells, processes=given.processes, notebooks=not given.no_notebooks, output=output, common=common)
+    for line in failures:
+        print(f"failed: {line}", file=sys.stderr)
+    left = undone({cell: cell.job(common) for cell in cells}, output)
+    print(f"{len(cells) - len(left)} of {len(cells)} cells are done: {shown(output)}")
+    return 1 if failures else 0
+
+
+def run_one(cells: Sequence[Cell], key: str, common: Mapping[str, Any] | None = None) -> None:
+    """Run the job with this key, if it is not done; what it stands on has been made before.
+
+    Raises:
+        ConfigError: no cell needs such a job.
+        JobError: it failed.
+    """
+    chains = {cell: cell.job(common).chain() for cell in reversed(cells)}
+    jobs = {part.key: (part, cell) for cell, chain in chains.items() for part in chain}  # the first cell's name
+    if key not in jobs:
+        raise unknown("job", key, jobs)
+    job, cell = jobs[key]
+    use_cores(1)
+    if not job.record.exists():
+        job.execute(title(job, cell))
+        job.collect()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except AbdError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:  # the kernels end when this process does
+        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
+        os._exit(130)

@@ -1,0 +1,1 @@
+"""Per-pixel and per-pair kernels with one public function each."""

@@ -1,0 +1,31 @@
+"""Which implementation of a kernel runs, and how its inputs come to its device."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+IMPLEMENTATIONS = ("auto", "torch", "triton")
+
+
+def choose(impl: str, like: torch.Tensor) -> str:
+    """ "torch" or "triton": what `impl` stands for with tensors like this one. Triton has no float64.
+
+    Raises:
+        ValueError: there is no such implementation.
+    """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl = {impl!r}: 'auto', 'torch' or 'triton' expected")
+    if impl != "auto":
+        return impl
+    fits = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
+    return "triton" if fits else "torch"
+
+
+def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:
+    """The tensor on a device. The CPU does not wait for a GPU that is still busy: the way leads over pinned memory."""
+    if to.type != "cuda" or tensor.is_cuda:
+        return tensor.to(to)
+    pinned = torch.empty_like(tensor, pin_memory=True)  # its own memory; `pin_memory()` refuses what was expanded
+    return pinned.copy_(tensor).to(to, non_blocking=True)

@@ -1,0 +1,248 @@
+"""InfoNCE in one or both directions without keeping the B x N matrix of logits, with a gradient for the scale.
+
+Gradients are computed together with the loss, from tiles or chunks of logits that are thrown away, so that what is kept
+until the backward pass is of the size of the features. `impl="torch"` runs anywhere; `"triton"` needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from abd_core.kernels.dispatch import choose
+
+CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
+
+
+def info_nce(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor | float,
+    *,
+    weights: tuple[float, float] = (1.0, 0.0),
+    positives: torch.Tensor | None = None,
+    offset: int = 0,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """InfoNCE (van den Oord et al. 2018, Eq. (4)), weighted over its two directions.
+
+    With logits l_ij = scale * <q_i, k_j>, and t(i) = i + offset the key that belongs to query i, it is
+
+        weights[0] * mean_i( log sum_j exp l_ij - l_it(i) ) + weights[1] * mean_i( log sum_h exp l_ht(i) - l_it(i) )
+
+    Differentiable once in all tensors. Logits, sums and gradients are float32 for half-precision features (products of
+    float32 features are TF32 on a GPU where `torch.set_float32_matmul_precision` allows it), float64 for float64 ones.
+    Under autocast, features are cast as for a matrix product. The same inputs give the same bits.
+
+    Args:
+        queries: (B, D), floating point; unit rows for cosines, but any finite rows are right.
+        keys: (N, D), of the queries' dtype and device.
+        scale: inverse temperature, a number or a tensor of one element.
+        weights: of the direction from queries to keys, and of the one from keys to queries.
+        positives: (B, D); their products with the queries take the place of l_it(i). None: the keys themselves.
+        offset: 0 <= offset <= N - B; not 0 where the keys of other ranks come first.
+        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
+
+    Returns:
+        The loss, a float32 scalar (float64 for float64 features).
+
+    Raises:
+        ValueError: shapes, dtypes, devices, weights or `impl` do not fit.
+    """
+    _check(queries, keys, scale, weights, positives, offset)
+    kind = queries.device.type
+    if torch.is_autocast_enabled(kind) and queries.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        queries, keys = queries.to(dtype), keys.to(dtype)
+        positives = None if positives is None else positives.to(dtype)
+    impl = choose(impl, queries)
+    # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
+    wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    if isinstance(scale, torch.Tensor):
+        scale = scale.to(queries.device, wide).reshape(())
+    else:
+        scale = torch.full((), scale, dtype=wide, device=queries.device)
+    needed = [queries, keys, scale, *([] if positives is None else [positives])]
+    grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
+    given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
+    return _op(*given)[0] if torch.compiler.is_compiling() else _eager(*given)
+
+
+def _check(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor | float,
+    weights: tuple[float, float],
+    positives: torch.Tensor | None,
+    offset: int,
+) -> None:
+    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or not queries.numel():
+        raise ValueError(
+            f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    if not queries.is_floating_point():
+        raise ValueError(f"info_nce: floating-point features expected, not {queries.dtype}")
+    others = {"keys": keys, "positives": queries if positives is None else positives}
+    for name, other in others.items():
+        if other.dtype != queries.dtype or other.device != queries.device:
+            here, there = f"{other.dtype} on {other.device}", f"{queries.dtype} on {queries.device}"
+            raise ValueError(f"info_nce: {name} are {here}, queries {there}")
+    if positives is not None and positives.shape != queries.shape:
+        raise ValueError(f"info_nce: positives {tuple(queries.shape)} expected, not {tuple(positives.shape)}")
+    if not 0 <= offset <= len(keys) - len(queries):
+        raise ValueError(f"info_nce: offset {offset} with {len(queries)} queries and {len(keys)} keys")
+    if not any(weights):
+        raise ValueError("info_nce: a direction with a weight other than 0 expected")
+    if weights[1] and len(keys) != len(queries):
+        raise ValueError(f"info_nce: both directions need as many keys as queries, not {len(keys)} and {len(queries)}")
+    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
+        raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
+
+
+# --- the operator -----------------------------------------------------------------------------------------------------
+
+
+def _run(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    positives: torch.Tensor | None,
+    row_weight: float,
+    column_weight: float,
+    offset: int,
+    grads: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss and its gradients with respect to queries, keys, scale and positives; empty tensors unless `grads`.
+
+    To be right, the gradient of the scale is to be divided by B, the others are to be multiplied by scale / B.
+    """
+    if impl == "triton":
+        from abd_core.kernels.infonce_triton import forward  # not installed everywhere
+    else:
+        forward = _forward
+    given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
+    if not torch.is_autocast_enabled(queries.device.type):
+        return forward(*given)
+    with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
+        return forward(*given)
+
+
+_op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
+
+
+@_op.register_fake
+def _(queries, keys, scale, positives, row_weight, column_weight, offset, grads, impl):  # type: ignore[no-untyped-def]
+    def like(tensor: torch.Tensor | None) -> torch.Tensor:
+        return scale.new_empty(tensor.shape if grads and tensor is not None else (0,))
+
+    return scale.new_empty(()), like(queries), like(keys), like(scale), like(positives)
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*output[1:], inputs[2])
+    ctx.dtype, ctx.batch, ctx.separate = inputs[0].dtype, len(inputs[0]), inputs[3] is not None
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx, grad, *_):  # type: ignore[no-untyped-def]
+    dq, dk, dscale, dp, scale = ctx.saved_tensors
+    mean = grad / ctx.batch
+    factor = mean * scale
+
+    def scaled(gradient: torch.Tensor) -> torch.Tensor:
+        if gradient.dtype == ctx.dtype:
+            return gradient * factor
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=ctx.dtype))  # one launch, not two
+
+    own = scaled(dp) if ctx.separate else None
+    return scaled(dq), scaled(dk), mean * dscale, own, None, None, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the library's dispatch, which takes longer than a small batch itself."""
+
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        output = _run(*given)
+        _setup(ctx, given, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad)
+
+
+_eager = torch.compiler.disable(_Eager.apply)
+
+
+# --- in torch ---------------------------------------------------------------------------------------------------------
+
+
+def _forward(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    positives: torch.Tensor | None,
+    weights: tuple[float, float],
+    offset: int,
+    grads: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Chunks of rows: a pass for the columns' sums where there is more than one chunk, and a pass for all the rest."""
+    q, k = queries.to(scale.dtype), keys.to(scale.dtype)
+    p = None if positives is None else positives.to(scale.dtype)
+    batch, (row_weight, column_weight) = len(q), weights
+    rows = max(1, min(batch, CHUNK_BYTES // (len(k) * q.element_size())))
+    at = torch.arange(batch, device=q.device)
+
+    def chunks() -> Iterator[tuple[slice, torch.Tensor]]:
+        for start in range(0, batch, rows):
+            part = slice(start, start + rows)
+            logits = scale * q[part] @ k.T
+            if p is not None:
+                here = at[: len(logits)]
+                logits[here, here + start + offset] = scale * (q[part] * p[part]).sum(1)
+            yield part, logits
+
+    several, columns = rows < batch, torch.full((len(k),), -torch.inf, dtype=q.dtype, device=q.device)
+    if column_weight and several:
+        for _, logits in chunks():
+            columns = torch.logaddexp(columns, logits.logsumexp(0))
+    total = q.new_zeros(())
+    dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if grads else (q.new_empty(0), q.new_empty(0))
+    dp = torch.zeros_like(q) if grads and p is not None else q.new_empty(0)
+    for part, logits in chunks():
+        here = at[: len(logits)]
+        there = here + part.start + offset
+        own = logits[here, there].clone()
+        share: torch.Tensor | None = (
+            None  # the probabilities, weighted; each direction's overwrite a copy of the logits
+        )
+        if row_weight:
+            top = logits.amax(1, keepdim=True)
+            share = (logits - top).exp_()
+            sums = share.sum(1, keepdim=True)
+            total += row_weight * (top + sums.log() - own[:, None]).sum()
+            share *= row_weight / sums
+        if column_weight:
+            if not several:
+                columns = logits.logsumexp(0)
+            total += column_weight * (columns[there] - own).sum()
+            odds = logits.sub_(columns).exp_().mul_(column_weight)
+            share = odds if share is None else share.add_(odds)
+        if grads:
+            assert share is not None  # a weight is not 0
+            share[here, there] -= row_weight + column_weight
+            if p is not None:
+                pull = share[here, there, None]
+                dp[part] = pull * q[part]
+                dq[part] = pull * p[part]
+                share[here, there] = 0
+            dq[part] += share @ k
+            dk.addmm_(share.T, q[part])
+    # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
+    return total / batch, dq, dk, (q * dq).sum() if grads else q.new_empty(0), dp

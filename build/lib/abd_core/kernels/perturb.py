@@ -1,0 +1,295 @@
+"""Patterns on batches of images, and the way to the encoder: painted, clamped, normalised and cast in one pass.
+
+`perturb` is the general form; `paste`, `add` and `blend` are what it is for. `warp` is for triggers that move pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from abd_core.kernels.dispatch import choose, sent
+
+Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation a channel
+
+
+def perturb(
+    images: torch.Tensor,
+    patterns: torch.Tensor | None = None,
+    *,
+    choice: torch.Tensor | None = None,
+    keep: torch.Tensor | float = 0.0,
+    gain: torch.Tensor | float = 1.0,
+    top: torch.Tensor | int = 0,
+    left: torch.Tensor | int = 0,
+    normalise: Normalisation | None = None,
+    dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """Images with a pattern each, as the encoder wants them: ((keep * x + gain * pattern) in [0, 1] - mean) / std.
+
+    Outside of its pattern an image is left as it is, but for clamping and normalising. Differentiable once in images
+    and patterns, with torch's rule for `clamp`: the gradient passes where a value is in [0, 1]. The gradient of a
+    pattern is summed over the batch in a fixed order: the same inputs give the same bits.
+
+    Args:
+        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
+        patterns: (P, C, h, w), floating point; None: no image gets one.
+        choice: int64 (B,), each image's pattern, or -1 for none. None: the only one there is.
+        keep, gain: of a pattern, (P,) or one number for all. (0, 1) pastes, (1, 1) adds, (1 - a, a) blends.
+        top, left: int64 (B,) or one number for all, the upper left corner of the pattern in pixels.
+        normalise: (mean, standard deviation), a number a channel; None: not normalised.
+        dtype: of the result; None: the images' own, float32 for uint8.
+        channels_last: the memory format of the result; not channels_last: contiguous.
+        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
+
+    Raises:
+        ValueError: shapes, places or `impl` do not fit.
+    """
+    if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
+        raise ValueError(f"perturb: (B, C, H, W) of floats or uint8 expected, not {tuple(images.shape)} {images.dtype}")
+    batch, channels, height, width = images.shape
+    dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
+    if normalise is not None and not len(normalise[0]) == len(normalise[1]) == channels:
+        raise ValueError(f"perturb: mean and standard deviation of {channels} channels expected")
+    if patterns is None:
+        patterns = images.new_empty((0, channels, 1, 1), dtype=torch.float32)
+    count, _, h, w = patterns.shape
+    if patterns.shape[1] != channels or h > height or w > width:
+        raise ValueError(f"perturb: {tuple(patterns.shape)} patterns for {tuple(images.shape)} images")
+    if choice is None:
+        if count > 1:
+            raise ValueError(f"perturb: which of {count} patterns goes to which image?")
+        choice = torch.full((batch,), count - 1)
+    # Places are drawn on the CPU, where looking at them costs no wait for the device.
+    places = [_each(value, batch, "a place", torch.int64) for value in (choice, top, left)]
+    if count and (
+        any((place < 0).any() for place in places[1:])
+        or (places[1] > height - h).any()
+        or (places[2] > width - w).any()
+    ):
+        raise ValueError(f"perturb: a {h}x{w} pattern leaves its {height}x{width} image")
+    if (places[0] < -1).any() or (places[0] >= count).any():
+        raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
+    work = torch.float64 if images.dtype == torch.float64 else torch.float32
+    weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
+    mean, std = ([*map(float, values)] for values in normalise or ((), ()))
+    place, weights = sent(torch.stack(places), images.device), sent(weights, images.device)
+    given = (images, sent(patterns, images.device).to(work), place, weights, mean, std)
+    call = _op if torch.compiler.is_compiling() else _eager
+    return call(*given, dtype, channels_last, choose(impl, images))
+
+
+def _each(value: torch.Tensor | float, count: int, what: str, dtype: torch.dtype) -> torch.Tensor:
+    """One value for each of so many."""
+    if not isinstance(value, torch.Tensor):
+        return torch.full((count,), value, dtype=dtype)
+    if value.shape != (count,):
+        raise ValueError(f"perturb: {what} for each of {count} expected, not {tuple(value.shape)}")
+    return value.to(dtype)
+
+
+def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """Images (B, C, H, W) in [0, 1] with `patch` (C, h, w) pasted over at (`top`, `left`), int64 (B,), in pixels."""
+    return perturb(images, patch[None], top=top, left=left)
+
+
+def add(images: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """images (B, C, H, W) + delta (C, H, W), clamped to [0, 1]."""
+    return perturb(images, delta[None], keep=1.0)
+
+
+def blend(images: torch.Tensor, pattern: torch.Tensor, alpha: float) -> torch.Tensor:
+    """(1 - alpha) * images (B, C, H, W) + alpha * pattern (C, H, W), both in [0, 1]."""
+    return perturb(images, pattern[None], keep=1 - alpha, gain=alpha)
+
+
+def warp(images: torch.Tensor, flow: torch.Tensor) -> torch.Tensor:
+    """Images whose pixels take the value that is `flow` away, bilinear, beyond the border its value; differentiable.
+
+    Args:
+        images: (B, C, H, W).
+        flow: (2, H, W), how far to the right and how far down to look, in pixels.
+    """
+    batch, _, height, width = images.shape
+    flow = flow.to(images)
+    x = torch.arange(width).to(images) + flow[0]  # (H, W)
+    y = torch.arange(height).to(images)[:, None] + flow[1]
+    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], -1)
+    return F.grid_sample(
+        images, grid.expand(batch, -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True
+    )
+
+
+# --- the operators ----------------------------------------------------------------------------------------------------
+
+
+def _run(
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+    impl: str,
+) -> torch.Tensor:
+    """`perturb` with choice, top and left as the rows of `places`, keep and gain as those of `weights`."""
+    if impl == "triton":
+        from abd_core.kernels.perturb_triton import forward  # not installed everywhere
+
+        return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
+    # One tensor in the result's layout from the first step on: on a CPU, fresh memory costs more than arithmetic.
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    x = images.to(patterns.dtype, memory_format=layout, copy=True)
+    if images.dtype == torch.uint8:
+        x.div_(255)
+    window, keep, gain, chosen = _windows(x, patterns, places, weights)
+    if window is None:
+        x.mul_(keep).add_(gain * chosen)
+    elif len(patterns):
+        pixels = x.permute(0, 2, 3, 1)
+        pixels[window] = keep * pixels[window] + gain * chosen.permute(0, 2, 3, 1)
+    x.clamp_(0, 1)
+    if mean:
+        mean_of, std_of = x.new_tensor([mean, std])
+        if channels_last:  # a row of pixels at a time, instead of three channels
+            width = x.shape[-1]
+            x.permute(0, 2, 3, 1).flatten(2).sub_(mean_of.repeat(width)).div_(std_of.repeat(width))
+        else:
+            x.sub_(mean_of.view(-1, 1, 1)).div_(std_of.view(-1, 1, 1))
+    return x.to(dtype)
+
+
+_op = torch.library.custom_op("abd_core::perturb", _run, mutates_args=())
+
+
+@_op.register_fake
+def _(images, patterns, places, weights, mean, std, dtype, channels_last, impl):  # type: ignore[no-untyped-def]
+    shape = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(images, dtype=dtype, memory_format=shape)
+
+
+def _run_backward(
+    grad: torch.Tensor,
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    std: list[float],
+    needed: list[bool],
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of images, in their dtype, and of patterns; empty where not `needed`."""
+    if impl == "triton":
+        from abd_core.kernels.perturb_triton import backward  # not installed everywhere
+
+        return backward(grad, images, patterns, places, weights, std, needed)
+    window, keep, gain, chosen = _windows(images, patterns, places, weights)
+    whole = window is None
+    if whole:
+        painted, through = keep * _floats(images, patterns.dtype) + gain * chosen, grad
+    else:
+        seen = _floats(images.permute(0, 2, 3, 1)[window], patterns.dtype)
+        painted, through = keep * seen + gain * chosen.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)[window]
+    through = through.to(patterns.dtype) * ((painted >= 0) & (painted <= 1))
+    of_images = of_patterns = patterns.new_empty(0)
+    deviation = patterns.new_tensor(std or [1.0]).view(-1, 1, 1)
+    if needed[0]:
+        of_images = through * keep if whole else grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
+        if not whole and len(patterns):
+            of_images.permute(0, 2, 3, 1)[window] = through * keep
+        of_images = (of_images / deviation).to(images.dtype)
+    if needed[1]:
+        # One pattern after the other, in a fixed order: index_add has none on a GPU.
+        taken = [through] if len(keep) == 1 else [through[places[0] == i] for i in range(len(patterns))]
+        of_patterns = torch.stack([weight * part.sum(0) for weight, part in zip(weights[1], taken, strict=True)])
+        of_patterns = (of_patterns if whole else of_patterns.permute(0, 3, 1, 2)) / deviation
+        of_patterns = of_patterns.contiguous()
+    return of_images, of_patterns
+
+
+_backward_op = torch.library.custom_op("abd_core::perturb_backward", _run_backward, mutates_args=())
+
+
+@_backward_op.register_fake
+def _(grad, images, patterns, places, weights, std, needed, impl):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(images) if needed[0] else patterns.new_empty(0),
+        torch.empty_like(patterns) if needed[1] else patterns.new_empty(0),
+    )
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs[:4])
+    ctx.std, ctx.impl = inputs[5], inputs[8]
+
+
+@torch.autograd.function.once_differentiable
+def _backward(ctx, grad, call=_backward_op):  # type: ignore[no-untyped-def]
+    needed = [*ctx.needs_input_grad[:2]]
+    images, patterns = call(grad, *ctx.saved_tensors, ctx.std, needed, ctx.impl)
+    return (images if needed[0] else None, patterns if needed[1] else None, *[None] * 7)
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without the library's dispatch, which takes longer than a small batch itself."""
+
+    @staticmethod
+    def forward(ctx, *given):  # type: ignore[no-untyped-def]
+        output = _run(*given)
+        _setup(ctx, given, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return _backward(ctx, grad, _run_backward)
+
+
+_eager = torch.compiler.disable(_Eager.apply)
+
+
+# --- in torch ---------------------------------------------------------------------------------------------------------
+
+
+def _floats(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+
+
+def _windows(
+    x: torch.Tensor, patterns: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the patterns go and how.
+
+    Returns:
+        The windows' index into (B, H, W, C), or None for patterns of the whole image; each image's keep and gain, (B or
+        1, 1, 1, 1); each image's pattern, (B or 1, C, h, w).
+    """
+    choice, top, left = places
+    h, w = patterns.shape[2:]
+    if len(patterns) == 1 and not choice.any():  # as nearly always: one pattern for all
+        keep, gain = weights.view(2, 1, 1, 1, 1)
+        chosen = patterns
+    elif len(patterns):
+        bare = (choice < 0).view(-1, 1, 1, 1)
+        keep, gain = weights[:, choice.clamp_min(0)].view(2, -1, 1, 1, 1)
+        keep, gain = torch.where(bare, 1, keep), torch.where(bare, 0, gain)
+        chosen = patterns[choice.clamp_min(0)]
+    else:
+        keep, gain = weights.new_ones(1, 1, 1, 1), weights.new_zeros(1, 1, 1, 1)
+        chosen, h, w = patterns.new_zeros(1, x.shape[1], 0, 0), 0, 0
+    if (h, w) == tuple(x.shape[2:]):
+        return None, keep, gain, chosen
+    window = (
+        torch.arange(len(x), device=x.device)[:, None, None],
+        (top[:, None] + torch.arange(h, device=x.device))[:, :, None],
+        (left[:, None] + torch.arange(w, device=x.device))[:, None, :],
+    )
+    return window, keep, gain, chosen

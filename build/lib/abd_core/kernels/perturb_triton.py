@@ -1,0 +1,396 @@
+"""`perturb` in Triton: one pass over the pixels, a thread at eight neighbours and their three channels.
+
+Eight pixels of three channels are three whole vectors in memory, whether channels lie first or last: bytes and halves
+are read and written in vectors, and changing from one layout to the other is a matter of registers.
+
+The gradient of the patterns has a program for each block of a pattern's pixels and each share of the batch; the shares
+are summed in their order, without atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
+PROGRAMS = 1024  # that share a gradient of the patterns, about
+
+
+@triton.jit
+def _apart(x):
+    """The eight columns of (G, 8), each (G,)."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2, 2)))  # by the lowest bit of the column first
+    x04, x26 = tl.split(even)
+    x15, x37 = tl.split(odd)
+    x0, x4 = tl.split(x04)
+    x1, x5 = tl.split(x15)
+    x2, x6 = tl.split(x26)
+    x3, x7 = tl.split(x37)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def _together(x0, x1, x2, x3, x4, x5, x6, x7):
+    """(G, 8) of its columns."""
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.join(even, odd), (x0.shape[0], 8))
+
+
+@triton.jit
+def _floats(base, at, mask, BYTES: tl.constexpr):
+    """Pixels as float32 in [0, 1], or a gradient as float32."""
+    value = tl.load(base + at, mask=mask, other=0).to(tl.float32)
+    return value * (1.0 / 255.0) if BYTES else value
+
+
+@triton.jit
+def _load(image, group, AREA: tl.constexpr, LAST: tl.constexpr, BYTES: tl.constexpr):
+    """Red, green and blue (G, 8) of the pixels 8 * group (G,) and following, of one image."""
+    eight = tl.arange(0, 8)[None, :]
+    if LAST:
+        at = 24 * group[:, None] + eight
+        u0, u1, u2, u3, u4, u5, u6, u7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        at += 8
+        v0, v1, v2, v3, v4, v5, v6, v7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        at += 8
+        w0, w1, w2, w3, w4, w5, w6, w7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        red = _together(u0, u3, u6, v1, v4, v7, w2, w5)
+        green = _together(u1, u4, u7, v2, v5, w0, w3, w6)
+        blue = _together(u2, u5, v0, v3, v6, w1, w4, w7)
+    else:
+        at = 8 * group[:, None] + eight
+        red = _floats(image, at, at < AREA, BYTES)
+        green = _floats(image + AREA, at, at < AREA, BYTES)
+        blue = _floats(image + 2 * AREA, at, at < AREA, BYTES)
+    return red, green, blue
+
+
+@triton.jit
+def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexpr):
+    """The counterpart of `_load`."""
+    eight = tl.arange(0, 8)[None, :]
+    kind: tl.constexpr = image.dtype.element_ty
+    if LAST:
+        r0, r1, r2, r3, r4, r5, r6, r7 = _apart(red)
+        g0, g1, g2, g3, g4, g5, g6, g7 = _apart(green)
+        b0, b1, b2, b3, b4, b5, b6, b7 = _apart(blue)
+        at = 24 * group[:, None] + eight
+        tl.store(image + at, _together(r0, g0, b0, r1, g1, b1, r2, g2).to(kind), mask=at < 3 * AREA)
+        at += 8
+        tl.store(image + at, _together(b2, r3, g3, b3, r4, g4, b4, r5).to(kind), mask=at < 3 * AREA)
+        at += 8
+        tl.store(image + at, _together(g5, b5, r6, g6, b6, r7, g7, b7).to(kind), mask=at < 3 * AREA)
+    else:
+        at = 8 * group[:, None] + eight
+        tl.store(image + at, red.to(kind), mask=at < AREA)
+        tl.store(image + AREA + at, green.to(kind), mask=at < AREA)
+        tl.store(image + 2 * AREA + at, blue.to(kind), mask=at < AREA)
+
+
+@triton.jit
+def _paint(
+    red,
+    green,
+    blue,
+    sample,
+    group,
+    patterns,
+    places,
+    weights,
+    batch,
+    count,
+    h,
+    w,
+    AREA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,  # patterns of the images' size
+    GROUPS: tl.constexpr,
+):
+    """A block of an image with its pattern over it, and the share that the image has in each pixel, (G, 8)."""
+    choice = tl.load(places + sample).to(tl.int32)
+    top = tl.load(places + batch + sample).to(tl.int32)
+    left = tl.load(places + 2 * batch + sample).to(tl.int32)
+    share = tl.full((GROUPS, 8), 1.0, tl.float32)
+    begin = tl.program_id(0) * GROUPS * 8
+    if (
+        (choice >= 0) & ((begin + GROUPS * 8 - 1) // WIDTH >= top) & (begin // WIDTH < top + h)
+    ):  # few blocks meet a patch
+        at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+        inside = at < AREA
+        size = AREA if WHOLE else h * w
+        if not WHOLE:
+            y = at // WIDTH - top
+            x = at % WIDTH - left
+            inside = inside & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            at = y * w + x
+        keep = tl.load(weights + choice)
+        gain = tl.load(weights + count + choice)
+        own = patterns + choice.to(tl.int64) * 3 * size
+        share = tl.where(inside, keep, 1.0)
+        red = share * red + gain * tl.load(own + at, mask=inside, other=0.0)
+        green = share * green + gain * tl.load(own + size + at, mask=inside, other=0.0)
+        blue = share * blue + gain * tl.load(own + 2 * size + at, mask=inside, other=0.0)
+    return red, green, blue, share
+
+
+@triton.jit
+def _normalised(value, mean, inverse_std, channel: tl.constexpr, NORMALISE: tl.constexpr):
+    """Clamped, and normalised where that is asked for."""
+    value = tl.minimum(tl.maximum(value, 0.0), 1.0)
+    if NORMALISE:
+        value = (value - tl.load(mean + channel)) * tl.load(inverse_std + channel)
+    return value
+
+
+@triton.jit
+def _forward_kernel(
+    images,
+    patterns,
+    places,
+    weights,
+    mean,
+    inverse_std,
+    out,
+    batch,
+    count,
+    h,
+    w,
+    AREA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PAINT: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    IMAGES_LAST: tl.constexpr,
+    OUT_LAST: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    sample = tl.program_id(1)
+    image = sample.to(tl.int64) * 3 * AREA
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, BYTES)
+    if PAINT:
+        red, green, blue, _ = _paint(
+            red, green, blue, sample, group, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+        )
+    red = _normalised(red, mean, inverse_std, 0, NORMALISE)
+    green = _normalised(green, mean, inverse_std, 1, NORMALISE)
+    blue = _normalised(blue, mean, inverse_std, 2, NORMALISE)
+    _store(out + image, group, red, green, blue, AREA, OUT_LAST)
+
+
+@triton.jit
+def _passed(through, value, share, inverse_std, channel: tl.constexpr, NORMALISE: tl.constexpr):
+    """The gradient of an image's values, of that of the result."""
+    if NORMALISE:
+        through *= tl.load(inverse_std + channel)
+    return tl.where((value >= 0) & (value <= 1), share * through, 0.0)
+
+
+@triton.jit
+def _images_kernel(
+    grad,
+    images,
+    patterns,
+    places,
+    weights,
+    inverse_std,
+    out,
+    batch,
+    count,
+    h,
+    w,
+    AREA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PAINT: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    IMAGES_LAST: tl.constexpr,
+    GRAD_LAST: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    sample = tl.program_id(1)
+    image = sample.to(tl.int64) * 3 * AREA
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, False)
+    of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST, False)
+    share = tl.full((GROUPS, 8), 1.0, tl.float32)
+    if PAINT:
+        red, green, blue, share = _paint(
+            red, green, blue, sample, group, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+        )
+    of_red = _passed(of_red, red, share, inverse_std, 0, NORMALISE)
+    of_green = _passed(of_green, green, share, inverse_std, 1, NORMALISE)
+    of_blue = _passed(of_blue, blue, share, inverse_std, 2, NORMALISE)
+    _store(out + image, group, of_red, of_green, of_blue, AREA, IMAGES_LAST)
+
+
+@triton.jit
+def _window(image, at, mask, AREA: tl.constexpr, LAST: tl.constexpr, BYTES: tl.constexpr):
+    """Red, green and blue of pixels anywhere in an image."""
+    step: tl.constexpr = 1 if LAST else AREA
+    if LAST:
+        at *= 3
+    red = _floats(image, at, mask, BYTES)
+    return red, _floats(image + step, at, mask, BYTES), _floats(image + 2 * step, at, mask, BYTES)
+
+
+@triton.jit
+def _patterns_kernel(
+    grad,
+    images,
+    patterns,
+    places,
+    weights,
+    inverse_std,
+    out,  # (shares of the batch, P, 3, h, w)
+    batch,
+    count,
+    h,
+    w,
+    each,  # samples a program
+    AREA: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,  # patterns of the images' size
+    NORMALISE: tl.constexpr,
+    IMAGES_LAST: tl.constexpr,
+    GRAD_LAST: tl.constexpr,
+    BYTES: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    which = tl.program_id(1)
+    size = AREA if WHOLE else h * w
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    pixel = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+    mask = pixel < size
+    own = patterns + which * 3 * size + pixel
+    gain = tl.load(weights + count + which)
+    red = gain * tl.load(own, mask=mask, other=0.0)
+    green = gain * tl.load(own + size, mask=mask, other=0.0)
+    blue = gain * tl.load(own + 2 * size, mask=mask, other=0.0)
+    keep = tl.load(weights + which)
+    of_red = tl.zeros((GROUPS, 8), tl.float32)
+    of_green = tl.zeros((GROUPS, 8), tl.float32)
+    of_blue = tl.zeros((GROUPS, 8), tl.float32)
+    first = tl.program_id(2) * each
+    for i in range(0, tl.minimum(each, batch - first)):
+        sample = first + i
+        if tl.load(places + sample) == which:
+            image = sample.to(tl.int64) * 3 * AREA
+            if WHOLE:
+                r, g, b = _load(images + image, group, AREA, IMAGES_LAST, BYTES)
+                dr, dg, db = _load(grad + image, group, AREA, GRAD_LAST, False)
+            else:
+                top = tl.load(places + batch + sample).to(tl.int32)
+                left = tl.load(places + 2 * batch + sample).to(tl.int32)
+                at = (top + pixel // w) * WIDTH + left + pixel % w
+                r, g, b = _window(images + image, at, mask, AREA, IMAGES_LAST, BYTES)
+                dr, dg, db = _window(grad + image, at, mask, AREA, GRAD_LAST, False)
+            of_red += _passed(dr, keep * r + red, gain, inverse_std, 0, NORMALISE)
+            of_green += _passed(dg, keep * g + green, gain, inverse_std, 1, NORMALISE)
+            of_blue += _passed(db, keep * b + blue, gain, inverse_std, 2, NORMALISE)
+    own = out + (tl.program_id(2) * count + which) * 3 * size + pixel
+    tl.store(own, of_red, mask=mask)
+    tl.store(own + size, of_green, mask=mask)
+    tl.store(own + 2 * size, of_blue, mask=mask)
+
+
+@functools.lru_cache
+def _constants(values: tuple[float, ...], device: torch.device, inverse: bool) -> torch.Tensor:
+    tensor = torch.tensor(values or (1.0,), dtype=torch.float32, device=device)
+    return 1 / tensor if inverse else tensor
+
+
+def _laid_out(images: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Images (B, C, H, W) without gaps, and whether their channels lie last."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return (images if last else images.contiguous()), last
+
+
+def _check(images: torch.Tensor) -> None:
+    if images.shape[1] != 3:
+        raise ValueError(f"perturb: impl = 'triton' needs 3 channels, not {images.shape[1]}; 'torch' takes any")
+    if images.dtype == torch.float64:
+        raise ValueError("perturb: impl = 'triton' has no float64; 'torch' has")
+    if not images.is_cuda and not isinstance(_forward_kernel, InterpretedFunction):
+        raise ValueError(f"perturb: impl = 'triton' needs a CUDA device, not {images.device}")
+
+
+def forward(
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    mean: list[float],
+    std: list[float],
+    dtype: torch.dtype,
+    channels_last: bool,
+) -> torch.Tensor:
+    """`perturb._op`. Raises ValueError for float64, and for tensors that are not on a CUDA device."""
+    _check(images)
+    source, last = _laid_out(images)
+    batch, _, height, width = images.shape
+    shape = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS), batch)](
+        source,
+        patterns.contiguous(),
+        places,
+        weights,
+        _constants(tuple(mean), images.device, False),
+        _constants(tuple(std), images.device, True),
+        out,
+        batch,
+        len(patterns),
+        *patterns.shape[2:],
+        AREA=height * width,
+        WIDTH=width,
+        WHOLE=patterns.shape[2:] == images.shape[2:],
+        PAINT=len(patterns) > 0,
+        NORMALISE=bool(mean),
+        IMAGES_LAST=last,
+        OUT_LAST=channels_last,
+        BYTES=images.dtype == torch.uint8,
+        GROUPS=GROUPS,
+        num_warps=NUM_WARPS,
+    )
+    return out
+
+
+def backward(
+    grad: torch.Tensor,
+    images: torch.Tensor,
+    patterns: torch.Tensor,
+    places: torch.Tensor,
+    weights: torch.Tensor,
+    std: list[float],
+    needed: list[bool],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`perturb._backward_op`."""
+    _check(images)
+    (source, last), (grad, grad_last) = _laid_out(images), _laid_out(grad)
+    (batch, _, height, width), (count, _, h, w) = images.shape, patterns.shape
+    patterns = patterns.contiguous()
+    inputs = (grad, source, patterns, places, weights, _constants(tuple(std), images.device, True))
+    sizes = (batch, count, h, w)
+    fixed = {"AREA": height * width, "WIDTH": width, "NORMALISE": bool(std), "GROUPS": GROUPS}
+    fixed |= {"WHOLE": (h, w) == (height, width)}
+    fixed |= {"IMAGES_LAST": last, "GRAD_LAST": grad_last, "num_warps": NUM_WARPS}
+    of_images, of_patterns = patterns.new_empty(0), patterns.new_empty(0)
+    if needed[0]:
+        of_images = torch.empty_like(source)
+        grid = (triton.cdiv(height * width, 8 * GROUPS), batch)
+        _images_kernel[grid](*inputs, of_images, *sizes, PAINT=count > 0, **fixed)
+    if needed[1]:
+        blocks = triton.cdiv(h * w, 8 * GROUPS)
+        each = triton.cdiv(batch, triton.cdiv(PROGRAMS, blocks * count))
+        parts = patterns.new_empty((triton.cdiv(batch, each), *patterns.shape))
+        bytes_in = images.dtype == torch.uint8
+        _patterns_kernel[(blocks, count, len(parts))](*inputs, parts, *sizes, each, BYTES=bytes_in, **fixed)
+        of_patterns = parts.sum(0)
+    return of_images, of_patterns

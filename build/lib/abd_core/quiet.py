@@ -1,0 +1,70 @@
+"""An attacker who knows the defence: the victim is trained to answer universal perturbations as the clean model does.
+
+ABD, ABD-D and the audit all look for perturbations of whole sets of images that move the victim and not the clean
+model. This attacker looks for them too, while poisoning, and trains their effect away: universal adversarial training
+(Shafahi et al. 2020) in which pixels and weights are updated from one backward pass, on the disagreement that ABD-D
+searches (`disagreement`).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import open_clip
+import torch
+
+from abd_core import models, ranks
+from abd_core.data import rng
+from abd_core.disagreement import Disagreement
+
+SIDES = (1 / 16, 3 / 8)  # of the windows, as shares of the image's: from a trigger's to the largest that ABD-D shows
+BOUND = 0.1  # of the field, ABD-D's
+STEP = 0.1  # of a window's pixel; of the field's: times its bound
+RESTART = 20  # steps after which pixels are drawn afresh, so that the victim meets all stages of a search
+
+
+class Quiet:
+    """The universal perturbations of an attacker who makes the victim quiet.
+
+    Their pixels are buffers of the model while it is trained, so that a resume file holds them.
+    """
+
+    def __init__(self, model: open_clip.CLIP, clean: open_clip.CLIP, *, seed: int) -> None:
+        """`clean` is frozen; `model` has no buffers of these names."""
+        self.model, self.clean, self.seed = model, clean, seed
+        size = models.resolution(clean)
+        for name in ("quiet_window", "quiet_field"):
+            model.register_buffer(name, torch.zeros(3, size, size, device=models.device()))
+
+    def close(self) -> None:
+        """Take the pixels out of the model."""
+        del self.model.quiet_window, self.model.quiet_field
+
+    def perturbed(self, images: torch.Tensor, step: int) -> torch.Tensor:
+        """One half of images (B, 3, R, R) under windows, the other under the field.
+
+        The next backward pass through `shift` of them moves the pixels one signed step up the shift.
+        """
+        source = rng(self.seed, "quiet", step)
+        window, field = self.model.quiet_window, self.model.quiet_field
+        if step % RESTART == 0:
+            window.copy_(torch.rand(window.shape, generator=source))
+            field.copy_(BOUND * (2 * torch.rand(field.shape, generator=source) - 1))
+        pixels = [stored.clone().requires_grad_() for stored in (window, field)]
+
+        limits = ((STEP, 0.0, 1.0), (STEP * BOUND, -BOUND, BOUND))
+        for leaf, stored, (length, low, high) in zip(pixels, (window, field), limits, strict=True):
+            climb = functools.partial(_climb, stored=stored, length=length, low=low, high=high)
+            leaf.register_post_accumulate_grad_hook(climb)
+        return Disagreement(pixels[0], pixels[1], SIDES)(images, source)
+
+    def shift(self, features: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
+        """Mean of 1 - cosine of the victim's unit features (B, D) of the perturbed images and the clean model's."""
+        return 1 - (features * models.encode_image(self.clean, perturbed)).sum(-1).mean()
+
+
+@torch.no_grad()
+def _climb(leaf: torch.Tensor, *, stored: torch.Tensor, length: float, low: float, high: float) -> None:
+    """Move `stored` pixels one signed step up the gradient that `leaf`, their copy in a loss, has received."""
+    assert leaf.grad is not None
+    stored.add_(length * ranks.summed(leaf.grad).sign()).clamp_(low, high)
