@@ -10,12 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, and open_clip imports it
@@ -47,6 +49,13 @@ def write_stand_in(path: Path, *, seed: int) -> Path:
     """A freshly initialised CLIP of the stand-in's architecture."""
     models.save(models.build(ARCHITECTURE, seed=seed), path, name=ARCHITECTURE, half=True)
     return path
+
+
+def runs_here(impl: str) -> str:
+    """`impl`; skips a Triton kernel where Triton's interpreter is to run it and cannot: before 3.7, with numpy 2.4."""
+    if impl == "triton" and not torch.cuda.is_available() and Version(version("triton")) < Version("3.7"):
+        pytest.skip("Triton's interpreter needs Triton 3.7")
+    return impl
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import start_python
+from conftest import runs_here, start_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abd_core import losses
@@ -43,7 +43,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     if request.param == "parts":
         monkeypatch.setattr(infonce_triton, "PARTIALS", 1)
         monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)
-    return {"chunks": "torch", "parts": "triton"}.get(request.param, request.param)
+    return runs_here({"chunks": "torch", "parts": "triton"}.get(request.param, request.param))
 
 
 def features(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import start_python
+from conftest import runs_here, start_python
 
 from abd_core.kernels import perturb as perturb_module
 from abd_core.kernels.perturb import add, blend, paste, perturb, warp
@@ -138,7 +138,7 @@ KINDS = {
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request: pytest.FixtureRequest) -> str:
-    return request.param
+    return runs_here(request.param)
 
 
 def arguments(kind: str, dtype: torch.dtype = torch.float32, batch: int = 7) -> tuple[torch.Tensor, dict]:
