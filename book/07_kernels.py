@@ -190,19 +190,23 @@ plots.speeds(painting, "backward, device", title="The gradient of a perturbation
 # gradient of a small patch moves too little to be bound by bandwidth.)
 
 # %%
-of_products = contrast[contrast["metric"] == "share of the ceiling"]
-of_products.pivot_table(index=["device", "case"], columns="variant", values="value", sort=False).round(1)
+def wide(rows: pd.DataFrame, *index: str, digits: int = 1) -> pd.DataFrame:
+    """A column a variant, empty where it was not tried."""
+    table = rows.pivot_table(index=["device", *index], columns="variant", values="value", sort=False)
+    return table.round(digits).astype(object).fillna("")
+
+
+wide(contrast[contrast["metric"] == "share of the ceiling"], "case")
 
 # %%
 of_bandwidth = painting[painting["metric"].isin(["forward, of bandwidth", "backward, of bandwidth"])]
-of_bandwidth.pivot_table(index=["device", "case", "metric"], columns="variant", values="value", sort=False).round(1)
+wide(of_bandwidth, "case", "metric")
 
 # %% [markdown]
 # Memory beyond the inputs, gradients included, in MiB (measured on GPUs):
 
 # %%
-memory = contrast[contrast["metric"] == "peak memory"]
-memory.pivot_table(index=["device", "case"], columns="variant", values="value", sort=False).round(0)
+wide(contrast[contrast["metric"] == "peak memory"], "case", digits=0)
 
 # %% mystnb={"figure": {"caption": "Achieved speed and the ceilings that the same run measured."}, "image": {"alt": "Operations per second over operations per byte, under the measured ceilings"}}
 measures = {"infonce": "forward + backward", "perturb": "forward"}
