@@ -76,8 +76,7 @@ def glance() -> str:
         f'<th scope="col">defence</th>{head}<th scope="col">CA on {attacks[0]}, %</th></tr></thead>'
         f"<tbody>{body}</tbody></table></div>\n\n"
         "*Attack success rate (ASR, lower is better) and clean accuracy (CA, higher is better): mean ± half the 95 % "
-        "t-interval over seeds (number of seeds). Over two seeds it is so wide that it says little. The paper's values "
-        "are for CLIP's RN50 on ImageNet.*"
+        "t-interval over seeds (number of seeds). The paper's values are for CLIP's RN50 on ImageNet.*"
     )
 
 
