@@ -242,7 +242,7 @@ share.round(2)
 
 # %%
 whole = steps[steps["metric"].eq("share of the ceiling")].pivot(index="variant", columns="device", values="value")
-whole.reindex(steps["variant"].unique()).dropna(how="all").map("{:.0f} %".format)
+whole.reindex(steps["variant"].unique()).dropna(how="all").map(lambda share: "" if pd.isna(share) else f"{share:.0f} %")
 
 # %% [markdown]
 # What that makes of the paper's defence (250,000 pairs, 10 epochs; the paper gives 14 hours on an A100), projected from a step:
