@@ -1,1 +1,0 @@
-"""Per-pixel and per-pair kernels with one public function each."""
