@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import open_clip
 import torch
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from safetensors.torch import save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from abd_core import checkpoints, ranks
+from abd_core import checkpoints, ranks, towers
 from abd_core.config import ConfigError, digest, unknown
 from abd_core.kernels.dispatch import sent
 from abd_core.kernels.perturb import perturb
@@ -62,6 +60,7 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
             model = open_clip.create_model(name, load_weights=False)
         finally:
             logging.disable(logging.NOTSET)
+    towers.trim(model)
     model.architecture = name
     return model.to(device(), memory_format=torch.channels_last).eval()
 
@@ -238,9 +237,7 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
 
     def encode(tokens: torch.Tensor) -> torch.Tensor:
         tokens = sent(tokens, next(model.parameters()).device)
-        # On the CPU the plain attention is the faster one for captions: its backward takes a third of the fused one's.
-        plain = sdpa_kernel(SDPBackend.MATH) if tokens.device.type == "cpu" else nullcontext()
-        with autocast(tokens.device), plain:
-            return _unit(model.encode_text(tokens))
+        with autocast(tokens.device):
+            return _unit(towers.encode_text(model, tokens))
 
     return ranks.encoded(encode, tokens, model)

@@ -1,0 +1,157 @@
+"""open_clip's towers without the work that no feature comes from; the weights, and the features, stay what they are.
+
+A caption's feature is that of its last token, and attention looks back only: what stands after the end, which is half
+of a batch of captions, need not be computed. An image's feature, in a ResNet, is the attention's answer to one query,
+not to one for every place of the image. And torch's BatchNorm on a CPU takes channels one by one where they are
+fewer than its vectors are long, as in the stem of a narrow ResNet.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.modified_resnet import AttentionPool2d
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+VECTOR = 32  # bf16 numbers in a vector of AVX-512
+
+
+class OneQueryPool(AttentionPool2d):
+    """`AttentionPool2d`, whose result is the answer to the mean's query, asked that query alone.
+
+    A query meets keys W x as W' q meets x, and mixing values W x is W times the mix: what multiplied every place by two
+    matrices multiplies one row an image. The keys' bias, which moves all scores alike, has no part.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (B, D) of a map (B, C, H, W)."""
+        places = x.flatten(2).transpose(1, 2)
+        places = torch.cat([places.mean(1, keepdim=True), places], 1)
+        places = places + self.positional_embedding.to(x.dtype)
+        keys, values = (p.weight.unflatten(0, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
+        query = self.q_proj(places[:, 0]).unflatten(1, (self.num_heads, -1)) * keys.shape[1] ** -0.5
+        scores = torch.einsum("bhc,bpc->bhp", torch.einsum("bhd,hdc->bhc", query, keys), places)
+        mix = torch.einsum("bhp,bpc->bhc", scores.softmax(2).to(places.dtype), places)
+        return self.c_proj(torch.einsum("bhc,hdc->bhd", mix, values).flatten(1) + self.v_proj.bias)
+
+
+def _line(wide: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """slope * wide + offset, column by column; computed in the type of `slope`, rounded once to that of `wide`."""
+    zero, one = torch.zeros_like(slope), torch.ones_like(slope)
+    return torch.native_batch_norm(wide, slope, offset, zero, one, False, 0.0, 0.0)[0]
+
+
+class _NormalisedByBatch(torch.autograd.Function):
+    """BatchNorm in training of a table whose rows hold several places; also each channel's mean and variance."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, wide: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        groups = wide.shape[1] // len(weight)
+        one, zero = weight.new_ones(wide.shape[1]), weight.new_zeros(wide.shape[1])
+        _, means, inverse = torch.native_batch_norm(wide, one, zero, None, None, True, 0.0, eps)
+        means, variances = means.view(groups, -1), inverse.view(groups, -1).pow(-2) - eps
+        mean = means.mean(0)
+        variance = variances.mean(0) + (means - mean).square().mean(0)
+        slope = weight * (variance + eps).rsqrt()
+        ctx.save_for_backward(wide, weight, mean, variance)
+        ctx.eps, ctx.groups = eps, groups
+        ctx.mark_non_differentiable(mean, variance)
+        return _line(wide, slope.repeat(groups), (bias - slope * mean).repeat(groups)), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        wide, weight, mean, variance = ctx.saved_tensors
+        repeated = [t.repeat(ctx.groups) for t in (weight, mean, variance)]
+        _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
+            grad.contiguous(), wide, *repeated, None, None, False, ctx.eps, [False, True, True]
+        )
+        by_weight, by_bias = (t.view(ctx.groups, -1).sum(0) for t in (by_weight, by_bias))
+        inverse, count = (variance + ctx.eps).rsqrt(), wide.numel() // len(weight)
+        slope = weight * inverse
+        back = -slope * inverse * by_weight / count
+        by_input = _line(grad.contiguous(), slope.repeat(ctx.groups), (-slope * by_bias / count).repeat(ctx.groups))
+        by_input += _line(wide, back.repeat(ctx.groups), (-back * mean).repeat(ctx.groups))
+        return by_input, by_weight, by_bias, None
+
+
+class ThinBatchNorm(nn.BatchNorm2d):
+    """`BatchNorm2d` for few channels on a CPU: several places of the map lie side by side in one row of a table."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        groups = VECTOR // math.gcd(VECTOR, self.num_features)
+        last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] % groups == 0
+        if x.is_cuda or not last or self.weight.dtype.itemsize < 4:
+            return super().forward(x)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        wide = x.permute(0, 2, 3, 1).reshape(-1, groups * self.num_features)
+        if self.training:
+            wide, mean, variance = _NormalisedByBatch.apply(wide, self.weight, self.bias, self.eps)
+            with torch.no_grad():
+                count = x.numel() // self.num_features
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+                if self.num_batches_tracked is not None:
+                    self.num_batches_tracked.add_(1)
+        else:
+            mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
+            wide = F.batch_norm(
+                wide, mean, variance, self.weight.repeat(groups), self.bias.repeat(groups), eps=self.eps
+            )
+        return wide.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def trim(model: open_clip.CLIP) -> None:
+    """Let a ResNet's pooling ask its one query, and its thin layers of BatchNorm work on vectors."""
+    for module in model.visual.modules():
+        if type(module) is AttentionPool2d:
+            module.__class__ = OneQueryPool
+        if type(module) is nn.BatchNorm2d and module.num_features < VECTOR:
+            module.__class__ = ThinBatchNorm
+
+
+def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+    """`model.encode_text(tokens)`, (B, D), on a CPU: tokens after each caption's end are left out.
+
+    On a GPU, whose recorded encoders need batches of one shape, and for a model whose attention also looks ahead or
+    whose feature comes from another token, it is `model.encode_text`.
+
+    Args:
+        tokens: (B, context_length), the highest number of a row at its end.
+    """
+    if tokens.is_cuda or model.attn_mask is None or model.text_pool_type != "argmax":
+        return model.encode_text(tokens)
+    ends = tokens.argmax(1)
+    width = int(ends.max()) + 1
+    places = torch.arange(width).expand(len(tokens), width)
+    kept = places <= ends[:, None]
+    rows = kept.flatten().nonzero().squeeze(1)  # of the tokens that count, in the (B * width) of all
+    last = kept.sum(1).cumsum(0) - 1  # each caption's end among them
+
+    def attention(block: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
+        projected = F.linear(x, block.in_proj_weight, block.in_proj_bias)
+        padded = projected.new_zeros(kept.numel(), projected.shape[1]).index_copy(0, rows, projected)
+        query, key, value = padded.view(len(tokens), width, 3, block.num_heads, -1).permute(2, 0, 3, 1, 4)
+        # The plain attention is the faster one here: its backward takes a third of the fused one's time.
+        with sdpa_kernel(SDPBackend.MATH):
+            answers = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return block.out_proj(answers.transpose(1, 2).reshape(kept.numel(), -1).index_select(0, rows))
+
+    dtype = model.transformer.get_cast_dtype()
+    x = model.token_embedding(tokens[:, :width][kept]).to(dtype)
+    x = x + F.embedding(places[kept], model.positional_embedding).to(dtype)
+    for block in model.transformer.resblocks:
+        x = x + block.ls_1(attention(block.attn, block.ln_1(x)))
+        if block is model.transformer.resblocks[-1]:
+            x = x[last]
+        x = x + block.ls_2(block.mlp(block.ln_2(x)))
+    x = model.ln_final(x)
+    projection = model.text_projection
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection

@@ -1,0 +1,149 @@
+"""What open_clip computes for nothing is left out, and nothing else changes: against open_clip's own towers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import open_clip
+import pytest
+import torch
+from open_clip.modified_resnet import AttentionPool2d
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from abd_core import models, towers
+from abd_core.text import tokenize
+
+CAPTIONS = ["a cat", "", "a photo of a very old and very big house by the sea " * 3, "🍌 banana!", "dog dog dog"]
+
+
+def theirs(name: str) -> open_clip.CLIP:
+    """open_clip's own model with the weights of `models.build`."""
+    model = open_clip.create_model(name, load_weights=False).double()
+    model.load_state_dict(models.build(name, seed=1).double().state_dict())
+    return model
+
+
+def gradients(model: nn.Module, features: torch.Tensor, part: str) -> dict[str, torch.Tensor]:
+    """Of a scalar of the features for the parameters whose names begin with `part`; 0 where there is none."""
+    weights = torch.linspace(-1, 2, features.numel(), dtype=features.dtype).view_as(features)
+    model.zero_grad()
+    (features.square() * weights).sum().backward()
+    named = [(name, p) for name, p in model.named_parameters() if name.startswith(part)]
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named}
+
+
+@pytest.mark.parametrize("name", ["emoji-rn14", "RN50-quickgelu", "ViT-B-32"])
+def test_text_features_and_their_gradients_are_those_of_open_clip(name: str) -> None:
+    ours, reference = models.build(name, seed=1).double(), theirs(name)
+    tokens = tokenize(CAPTIONS, context_length=ours.context_length)
+    expected, found = reference.encode_text(tokens), towers.encode_text(ours, tokens)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for part in ("token_embedding", "positional", "transformer", "ln_final", "text_projection"):
+        torch.testing.assert_close(
+            gradients(ours, towers.encode_text(ours, tokens), part),
+            gradients(reference, reference.encode_text(tokens), part),
+            rtol=1e-9,
+            atol=1e-12,
+        )
+
+
+def test_no_token_after_the_end_of_its_caption_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, encoded = models.build(), []
+    monkeypatch.setattr(
+        model.token_embedding, "forward", lambda t: encoded.append(t) or nn.Embedding.forward(model.token_embedding, t)
+    )
+    tokens = tokenize(CAPTIONS, context_length=20)
+    towers.encode_text(model, tokens)
+    assert len(encoded[0]) == (tokens != 0).sum() < tokens.numel()
+
+
+def test_a_text_tower_that_looks_ahead_or_pools_elsewhere_is_open_clips() -> None:
+    tokens = tokenize(CAPTIONS, context_length=20)
+    for name, value in {"attn_mask": None, "text_pool_type": "last"}.items():
+        model = models.build().double()
+        setattr(model, name, value)
+        assert towers.encode_text(model, tokens).equal(model.encode_text(tokens))
+
+
+@pytest.mark.parametrize(("name", "resolution"), [("emoji-rn14", 64), ("RN50-quickgelu", 224)])
+@pytest.mark.parametrize("training", [True, False])
+def test_image_features_statistics_and_gradients_are_those_of_open_clip(
+    name: str, resolution: int, training: bool
+) -> None:
+    if resolution == 224 and training:
+        pytest.skip("its BatchNorm is torch's own")
+    ours, reference = models.build(name, seed=1).double().train(training), theirs(name).train(training)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 3, resolution, resolution, generator=generator, dtype=torch.float64)
+    results = []
+    for model in (ours, reference):
+        leaf = images.clone(memory_format=torch.channels_last).requires_grad_()
+        features = model.encode_image(leaf)
+        results.append((features, gradients(model, features, "visual"), leaf.grad, dict(model.named_buffers())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-7, atol=1e-9)
+
+
+def test_the_pool_multiplies_one_row_an_image_by_each_of_its_matrices() -> None:
+    images, counts = torch.rand(4, 3, 64, 64), []
+    for pool in (towers.OneQueryPool, AttentionPool2d):
+        model = models.build()
+        model.visual.attnpool.__class__ = pool
+        features = []
+        hook = model.visual.layer4.register_forward_hook(lambda *given, kept=features: kept.append(given[2].detach()))
+        with torch.no_grad():
+            model.encode_image(images)
+        hook.remove()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.visual.attnpool(features[0])
+        counts.append(counter.get_total_flops())
+    assert counts[0] < 0.5 * counts[1]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("channels", [5, 8, 12, 24])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 2**-7)]
+)
+def test_batch_norm_of_few_channels_is_torchs(
+    channels: int, dtype: torch.dtype, tolerance: float, training: bool
+) -> None:
+    """Against torch's in float64, of the same rounded numbers."""
+    torch.manual_seed(channels)
+    reference = nn.BatchNorm2d(channels).double().train(training)
+    for tensor in (reference.weight.data, reference.running_var):
+        tensor.copy_(torch.empty(channels).uniform_(0.5, 2))
+    for tensor in (reference.bias.data, reference.running_mean):
+        tensor.copy_(torch.empty(channels).uniform_(-1, 1))
+    parameters = torch.promote_types(dtype, torch.float32)
+    ours = copy.deepcopy(reference).to(parameters)
+    ours.__class__ = towers.ThinBatchNorm
+    x, grad = (3 * torch.randn(2, 6, channels, 8, 16) + 2).to(dtype).unbind()
+    results = []
+    for module, kind in ((ours, dtype), (reference, torch.float64)):
+        leaf = x.to(kind, memory_format=torch.channels_last).requires_grad_()
+        y = module(leaf)
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.backward(grad.to(kind, memory_format=torch.channels_last))
+        sums = {"weight": module.weight.grad, "bias": module.bias.grad, **module.state_dict()}
+        results.append(((y, leaf.grad), sums))
+    (maps, sums), (expected, expected_sums) = results
+    close = functools.partial(torch.testing.assert_close, check_dtype=False)
+    for ours_, theirs_ in zip(maps, expected, strict=True):
+        close(ours_, theirs_, rtol=tolerance, atol=tolerance * theirs_.abs().max().item())
+    for name, value in expected_sums.items():
+        exact = 1e-12 if dtype == torch.float64 else 1e-4
+        close(sums[name], value, rtol=exact, atol=exact * grad.abs().max().item())
+
+
+def test_batch_norm_in_training_passes_gradcheck() -> None:
+    torch.manual_seed(0)
+    module = towers.ThinBatchNorm(4).double()
+    x = torch.randn(2, 4, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weight, bias = torch.rand(2, 4, dtype=torch.float64).requires_grad_().unbind()
+
+    def normalised(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(normalised, (x, weight, bias))
