@@ -28,7 +28,7 @@ from measure import ON, Report, product_rate
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from abd_core import graphs, models
+from abd_core import graphs, models, towers
 from abd_core.data import Pairs, TrainingPairs, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.formats import load_image_pairs
@@ -144,18 +144,32 @@ def loop(
     patch: torch.Tensor,
     *,
     recorded: bool = True,
+    trimmed: bool = True,
     compiled: bool = False,
 ) -> tuple[float, float]:
-    """The stage's own training, `train.fit`, with this defence; its encoders recorded as CUDA graphs or not."""
+    """The stage's own training, `train.fit`, with this defence.
+
+    Args:
+        recorded: its encoders are CUDA graphs.
+        trimmed: they leave out what no feature comes from (`towers`), else they are open_clip's own.
+        compiled: the image encoder is compiled.
+    """
     clock = Clock()
     timed = Timed(pairs, clock)
-    model = models.build(NAME)
-    if compiled:
-        model.visual.compile()
+
+    def instead(module: Any, **others: Any) -> None:
+        for name, other in others.items():
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, other)
+
     with ExitStack() as stack:
         if not recorded:
-            stack.callback(setattr, graphs, "WARM", graphs.WARM)
-            graphs.WARM = 10**9
+            instead(graphs, WARM=10**9)
+        if not trimmed:
+            instead(towers, trim=lambda model: None, encode_text=lambda model, tokens: model.encode_text(tokens))
+        model = models.build(NAME)
+        if compiled:
+            model.visual.compile()
         folder = stack.enter_context(TemporaryDirectory())
         defence_of(name, timed, patch).defend(model, Path(folder))
     return clock.read(timed.step, recorded=recorded)
@@ -292,6 +306,7 @@ def main() -> None:
         "plain loop": lambda: plain_loop(pairs, None),
         "ft": lambda: loop("ft", pairs, patch),
         "abd": lambda: loop("abd", pairs, patch),
+        "abd, open_clip's towers": lambda: loop("abd", pairs, patch, trimmed=False),
     }
     if LARGE:
         runs["ft, no graphs"] = lambda: loop("ft", pairs, patch, recorded=False)

@@ -216,7 +216,7 @@ plots.roofline(own_time, measures, title="Achieved, and the ceilings of the same
 # %% [markdown]
 # ## Where a kernel does not matter
 #
-# A training step of the defences, against a plain loop: float32, contiguous tensors, AdamW parameter by parameter.
+# A training step of the defences, against a plain loop: open_clip's model in float32, AdamW parameter by parameter.
 
 # %% mystnb={"figure": {"caption": "Whole training steps, ratios to the first."}, "image": {"alt": "Bars of how many times faster each training step is than the first"}}
 steps = measured[measured["benchmark"] == "training step"]
@@ -235,8 +235,12 @@ share.round(2)
 # %% [markdown]
 # At the paper's batches of 64 to 128 the loss is a small part of a step, and no kernel for it will be noticed. It is noticed where batches are so large
 # that the matrix does not fit, as in pre-training, and in the memory of any step. On a CPU, convolutions are what takes the time. How much could still
-# be gained is bounded by the share of the matrix product's rate at which the steps run already. Where that is small, a step waits for something else: on
-# a fast GPU for the CPU, which launches the encoders' many small kernels, splits captions into tokens and rewrites them (EDA). For that reason training
+# be gained is bounded by the share of the matrix product's rate at which the steps run already. What helps as well is to compute less. A caption's
+# feature is that of its last token, which looks back only, so that what stands after it need not be encoded. A ResNet's feature is the pool's answer to
+# one query: with the matrices of its keys and values on the side of the query, they multiply one row an image in the place of one a pixel. And torch's
+# BatchNorm takes channels one by one where they are fewer than a vector holds; seen as a table with several pixels a row, they fill vectors
+# ([`abd_core.towers`](api.md#abd_coretowers); rows named "open_clip's towers" are of the same loop without it). Where the share is small, a step waits
+# for something else: on a fast GPU for the CPU, which launches the encoders' many small kernels, splits captions into tokens and rewrites them (EDA). For that reason training
 # on a GPU records the forward and the backward pass of each encoder as a CUDA graph, which is one launch, and reads the loss of a step while the next one
 # is under way. Rows named "no graphs" are of the same loop without graphs.
 
