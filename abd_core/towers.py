@@ -120,13 +120,14 @@ def trim(model: open_clip.CLIP) -> None:
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens)`, (B, D), on a CPU: tokens after each caption's end are left out.
 
-    On a GPU, whose recorded encoders need batches of one shape, and for a model whose attention also looks ahead or
-    whose feature comes from another token, it is `model.encode_text`.
+    On a GPU, whose recorded encoders need batches of one shape, and for a model of another class, one whose attention
+    also looks ahead, or whose feature comes from another token, it is `model.encode_text`.
 
     Args:
         tokens: (B, context_length), the highest number of a row at its end.
     """
-    if tokens.is_cuda or model.attn_mask is None or model.text_pool_type != "argmax":
+    plain = isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
+    if tokens.is_cuda or not plain:
         return model.encode_text(tokens)
     ends = tokens.argmax(1)
     width = int(ends.max()) + 1
