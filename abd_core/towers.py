@@ -24,8 +24,8 @@ VECTOR = 32  # bf16 numbers in a vector of AVX-512
 class OneQueryPool(AttentionPool2d):
     """`AttentionPool2d`, whose result is the answer to the mean's query, asked that query alone.
 
-    A query meets keys W x as W' q meets x, and mixing values W x is W times the mix: what multiplied every place by two
-    matrices multiplies one row an image. The keys' bias, which moves all scores alike, has no part.
+    A query meets keys W x + b as W' q meets x, up to b' q, the same for all x; and mixing values W x is W times the mix:
+    what multiplied every place by two matrices multiplies one row an image.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -36,6 +36,7 @@ class OneQueryPool(AttentionPool2d):
         keys, values = (p.weight.unflatten(0, (self.num_heads, -1)) for p in (self.k_proj, self.v_proj))
         query = self.q_proj(places[:, 0]).unflatten(1, (self.num_heads, -1)) * keys.shape[1] ** -0.5
         scores = torch.einsum("bhc,bpc->bhp", torch.einsum("bhd,hdc->bhc", query, keys), places)
+        scores = scores + query.flatten(1).mul(self.k_proj.bias).unflatten(1, query.shape[1:]).sum(2, keepdim=True)
         mix = torch.einsum("bhp,bpc->bhc", scores.softmax(2).to(places.dtype), places)
         return self.c_proj(torch.einsum("bhc,hdc->bhd", mix, values).flatten(1) + self.v_proj.bias)
 
@@ -120,14 +121,14 @@ def trim(model: open_clip.CLIP) -> None:
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens)`, (B, D), on a CPU: tokens after each caption's end are left out.
 
-    On a GPU, whose recorded encoders need batches of one shape, and for a model of another class, one whose attention
-    also looks ahead, or whose feature comes from another token, it is `model.encode_text`.
+    On a GPU, whose recorded encoders need batches of one shape, and for a model with an encoder of its own, one whose
+    attention also looks ahead, or whose feature comes from another token, it is `model.encode_text`.
 
     Args:
         tokens: (B, context_length), the highest number of a row at its end.
     """
-    plain = isinstance(model, open_clip.CLIP) and model.attn_mask is not None and model.text_pool_type == "argmax"
-    if tokens.is_cuda or not plain:
+    own = getattr(model.encode_text, "__func__", None) is not open_clip.CLIP.encode_text
+    if tokens.is_cuda or own or model.attn_mask is None or model.text_pool_type != "argmax":
         return model.encode_text(tokens)
     ends = tokens.argmax(1)
     width = int(ends.max()) + 1

@@ -13,7 +13,7 @@ import torch
 from conftest import ARCHITECTURE
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from abd_core import graphs, models
+from abd_core import graphs, models, towers
 from abd_core.defences import freeze_batch_norm
 from abd_core.graphs import WARM, Encoder, recorded
 from abd_core.losses import clip_loss
@@ -70,6 +70,7 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, tapes in the place of CUDA graphs."""
     if DEVICE == "cuda":
         return
+    monkeypatch.setattr(towers, "encode_text", lambda model, tokens: model.encode_text(tokens))  # as on a GPU
 
     @contextmanager
     def recording(tape: Tape, **_: object) -> Iterator[None]:

@@ -295,9 +295,10 @@ def shard(den: Den, change: Callable[[tarfile.TarInfo], object], content: bytes 
         member = tarfile.TarInfo("y.jpg")
         member.size = len(content)
         change(member)
-        tar.addfile(member)
-        tar.fileobj.write(content + bytes(-len(content) % tarfile.BLOCKSIZE))
-        tar.offset += len(content) + -len(content) % tarfile.BLOCKSIZE
+        # Not by `addfile`, which refuses such a head from Python 3.13 on.
+        blocks = member.tobuf(tar.format, tar.encoding, tar.errors) + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+        tar.fileobj.write(blocks)
+        tar.offset += len(blocks)
     return den.here / "p.tar"
 
 
