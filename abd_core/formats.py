@@ -716,7 +716,7 @@ class _Ahead:
         self.start(())
 
     def start(self, batches: Iterable[tuple[list[int], torch.Tensor | AbdError]]) -> None:
-        self.batches = iter(batches)
+        self.batches = received(batches)
         self.held: list[tuple[dict[int, int], tuple[list[int], torch.Tensor | AbdError]]] = []
 
     def take(self, wanted: list[int]) -> torch.Tensor | None:
@@ -742,11 +742,20 @@ def unwrapped(batch: tuple[list[int], torch.Tensor | AbdError]) -> torch.Tensor:
     return batch[1]
 
 
+def received(batches: Iterable[Any]) -> Iterator[Any]:
+    """What workers send. Where one dies while it sends, what is met first is a broken connection."""
+    try:
+        yield from batches
+    except (OSError, EOFError) as error:
+        time.sleep(1)  # in which torch, told of the death by a signal, raises its own word on it
+        raise RuntimeError(f"DataLoader worker lost: {type(error).__name__}") from None
+
+
 def watched(reader: DataLoader, total: int, size: int) -> Iterator[Any]:
     """What the reader gives, `size` images at a time, under a bar that shows itself where it takes long."""
     bar = tqdm(total=total, desc="check images", unit="image", ncols=80, delay=2, mininterval=1, leave=False)
     with bar, readers_told():
-        for batch in reader:
+        for batch in received(reader):
             yield batch
             bar.update(size)
 

@@ -8,6 +8,7 @@ import re
 import tarfile
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
@@ -25,7 +26,7 @@ from PIL import Image
 from abd_core import formats, sources
 from abd_core.config import AbdError, ConfigError
 from abd_core.formats import ImageError, ImagePairs, Index, check, decode, load_image_pairs, read_index
-from abd_core.paths import RunError, cache_dir
+from abd_core.paths import RunError, cache_dir, readers_told
 
 PAIRS = miniature.samples()
 KINDS = ("cleanclip", "open_clip", "parquet", "huggingface", "webdataset")
@@ -433,6 +434,18 @@ def test_planned_images_are_decoded_once_and_others_at_once(tmp_path: Path, monk
     assert seen == [5, 3, 1, 2]
     pairs.images(torch.tensor([9]))
     assert seen[-1] == 9
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "no socket")])
+def test_a_worker_that_dies_while_it_sends_a_batch_is_one_line(error: Exception):
+    def broken() -> Iterator[int]:
+        yield 1
+        raise error
+
+    batches = formats.received(broken())
+    assert next(batches) == 1
+    with pytest.raises(RunError, match=r"^a process that reads images died .*; start again to go on"), readers_told():
+        next(batches)
 
 
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
