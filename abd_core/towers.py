@@ -24,7 +24,7 @@ VECTOR = 32  # bf16 numbers in a vector of AVX-512
 class OneQueryPool(AttentionPool2d):
     """`AttentionPool2d`, whose result is the answer to the mean's query, asked that query alone.
 
-    A query meets keys W x + b as W' q meets x, up to b' q, which is the same for all x; and mixing values W x is W times
+    A query meets keys W x + b as W' q meets x, up to b' q, the same for all x; and to mix values W x is W times
     the mix: what multiplied every place by two matrices multiplies one row an image.
     """
 
