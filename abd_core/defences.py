@@ -310,7 +310,7 @@ class Perturbed(FineTuningDefence):
         if self.config.view != "replace":
             views.append(images)
         text = encode_captions(model, self.eda(captions, at) if self.config.eda else captions)
-        features = models.encode_image(model, torch.cat(views) if len(views) > 1 else views[0]).chunk(len(views))
+        features = models.encode_image(model, torch.cat(views)).chunk(len(views))
         scale = model.logit_scale.exp()
         return torch.stack([clip_loss(image, text, scale) for image in features]).mean()
 

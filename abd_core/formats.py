@@ -743,7 +743,12 @@ def unwrapped(batch: tuple[list[int], torch.Tensor | AbdError]) -> torch.Tensor:
 
 
 def received(batches: Iterable[Any]) -> Iterator[Any]:
-    """What workers send. Where one dies while it sends, what is met first is a broken connection."""
+    """What workers send.
+
+    Raises:
+        RuntimeError: as torch raises it where a worker died, for `readers_told`; also where it died while it sent, and
+            what is met first is a broken connection.
+    """
     try:
         yield from batches
     except (OSError, EOFError) as error:

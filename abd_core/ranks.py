@@ -232,6 +232,16 @@ def _running_statistics_left_alone(model: torch.nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+@torch.no_grad()
+def follow(module: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor, count: float) -> None:
+    """Let the running statistics of `module` follow a batch's, whose (biased) variance is over `count` numbers."""
+    assert module.running_mean is not None and module.running_var is not None and module.momentum is not None
+    module.running_mean.lerp_(mean, module.momentum)
+    module.running_var.lerp_(variance * count / (count - 1), module.momentum)
+    if module.num_batches_tracked is not None:
+        module.num_batches_tracked.add_(1)
+
+
 class _Synchronised(_BatchNorm):
     """BatchNorm whose batch is that of all ranks, which hold equally many rows."""
 
@@ -240,13 +250,7 @@ class _Synchronised(_BatchNorm):
             return super().forward(x)
         y, mean, variance = _Normalise.apply(x, self.weight, self.bias, self.eps)
         if self.track_running_stats:
-            with torch.no_grad():
-                count = world() * x.numel() / x.shape[1]
-                assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
+            follow(self, mean, variance, world() * x.numel() / x.shape[1])
         return y
 
     def _check_input_dim(self, x: torch.Tensor) -> None:

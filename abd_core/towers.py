@@ -18,6 +18,8 @@ from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from abd_core import ranks
+
 VECTOR = 32  # bf16 numbers in a vector of AVX-512
 
 
@@ -91,17 +93,12 @@ class ThinBatchNorm(nn.BatchNorm2d):
         last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] % groups == 0
         if x.is_cuda or not last or self.weight.dtype.itemsize < 4:
             return super().forward(x)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         wide = x.permute(0, 2, 3, 1).reshape(-1, groups * self.num_features)
         if self.training:
             wide, mean, variance = _NormalisedByBatch.apply(wide, self.weight, self.bias, self.eps)
-            with torch.no_grad():
-                count = x.numel() // self.num_features
-                self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
+            ranks.follow(self, mean, variance, x.numel() / self.num_features)
         else:
+            assert self.running_mean is not None and self.running_var is not None
             mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
             wide = F.batch_norm(
                 wide, mean, variance, self.weight.repeat(groups), self.bias.repeat(groups), eps=self.eps

@@ -177,12 +177,12 @@ def loop(
 
 def operations(name: str, pairs: Pairs, patch: torch.Tensor) -> int:
     """Floating-point operations of a step of a defence or of the plain loop."""
-    model, plain = models.build(NAME).train(), plain_step(pairs, None)
     with FlopCounterMode(display=False) as counter:
         if name == "plain loop":
-            plain(0)
+            plain_step(pairs, None)(0)
         else:
-            defence_of(name, pairs, patch).loss(model, Step(torch.arange(BATCH), 0, 0)).backward()
+            defence = defence_of(name, pairs, patch)
+            defence.loss(models.build(NAME).train(), Step(torch.arange(BATCH), 0, 0)).backward()
     return counter.get_total_flops()
 
 

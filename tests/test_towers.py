@@ -67,13 +67,13 @@ def test_a_text_tower_that_looks_ahead_or_pools_elsewhere_is_open_clips() -> Non
         assert towers.encode_text(model, tokens).equal(model.encode_text(tokens))
 
 
-@pytest.mark.parametrize(("name", "resolution"), [("emoji-rn14", 64), ("RN50-quickgelu", 224)])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("name", "resolution", "training"),
+    [("emoji-rn14", 64, True), ("emoji-rn14", 64, False), ("RN50-quickgelu", 224, False)],
+)
 def test_image_features_statistics_and_gradients_are_those_of_open_clip(
     name: str, resolution: int, training: bool
 ) -> None:
-    if resolution == 224 and training:
-        pytest.skip("its BatchNorm is torch's own")
     ours, reference = models.build(name, seed=1).double().train(training), theirs(name).train(training)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, resolution, resolution, generator=generator, dtype=torch.float64)
