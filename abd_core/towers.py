@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from abd_core import ranks
 
-VECTOR = 32  # bf16 numbers in a vector of AVX-512
+VECTOR = 16  # float32 numbers in a vector of AVX-512
 
 
 class OneQueryPool(AttentionPool2d):
@@ -43,46 +43,70 @@ class OneQueryPool(AttentionPool2d):
         return self.c_proj(torch.einsum("bhc,hdc->bhd", mix, values).flatten(1) + self.v_proj.bias)
 
 
-def _line(wide: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """slope * wide + offset, column by column; computed in the type of `slope`, rounded once to that of `wide`."""
-    zero, one = torch.zeros_like(slope), torch.ones_like(slope)
-    return torch.native_batch_norm(wide, slope, offset, zero, one, False, 0.0, 0.0)[0]
+def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """A map (B, C, H, W), channels last in memory, as a table (B * H * W / groups, groups * C) of the same numbers."""
+    return x.permute(0, 2, 3, 1).view(-1, groups * x.shape[1])
 
 
-class _NormalisedByBatch(torch.autograd.Function):
-    """BatchNorm in training of a table whose rows hold several places; also each channel's mean and variance."""
+def _line(table: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, out: torch.Tensor) -> None:
+    """out = slope * table + offset, channel by channel; computed in the type of `slope`, rounded once to that of `out`."""
+    groups = table.shape[1] // len(slope)
+    slope, offset = slope.repeat(groups), offset.repeat(groups)
+    zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(2, 0).unbind()
+    torch.native_batch_norm(table, slope, offset, zero, one, False, 0.0, 0.0, out=(out, *unused))
+
+
+class _Normalised(torch.autograd.Function):
+    """BatchNorm of a map, channels last, by the given mean and variance or by the batch's; also these two.
+
+    The map that comes out is no view: the ReLU that follows works in place, and autograd would copy what a view is of.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, wide: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        given: tuple[torch.Tensor, torch.Tensor] | None,
+        eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        groups = wide.shape[1] // len(weight)
-        one, zero = weight.new_ones(wide.shape[1]), weight.new_zeros(wide.shape[1])
-        _, means, inverse = torch.native_batch_norm(wide, one, zero, None, None, True, 0.0, eps)
-        means, variances = means.view(groups, -1), inverse.view(groups, -1).pow(-2) - eps
-        mean = means.mean(0)
-        variance = variances.mean(0) + (means - mean).square().mean(0)
-        slope = weight * (variance + eps).rsqrt()
-        ctx.save_for_backward(wide, weight, mean, variance)
-        ctx.eps, ctx.groups = eps, groups
+        groups = VECTOR // math.gcd(VECTOR, len(weight))
+        table = _rows(x, groups)
+        if given:
+            mean, variance = given
+        else:
+            one, zero = weight.new_ones(table.shape[1]), weight.new_zeros(table.shape[1])
+            _, means, inverse = torch.native_batch_norm(table, one, zero, None, None, True, 0.0, eps)
+            means, variances = means.view(groups, -1), inverse.view(groups, -1).pow(-2) - eps
+            mean = means.mean(0)
+            variance = variances.mean(0) + (means - mean).square().mean(0)
+        slope, y = weight * (variance + eps).rsqrt(), torch.empty_like(x)
+        _line(table, slope, bias - slope * mean, _rows(y, groups))
+        ctx.save_for_backward(x, weight, mean, variance)
+        ctx.groups, ctx.by_batch, ctx.eps = groups, given is None, eps
         ctx.mark_non_differentiable(mean, variance)
-        return _line(wide, slope.repeat(groups), (bias - slope * mean).repeat(groups)), mean, variance
+        return y, mean, variance
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-        wide, weight, mean, variance = ctx.saved_tensors
+        x, weight, mean, variance = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        table, grads = _rows(x, ctx.groups), _rows(grad, ctx.groups)
         repeated = [t.repeat(ctx.groups) for t in (weight, mean, variance)]
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
-            grad.contiguous(), wide, *repeated, None, None, False, ctx.eps, [False, True, True]
+            grads, table, *repeated, None, None, False, ctx.eps, [False, True, True]
         )
         by_weight, by_bias = (t.view(ctx.groups, -1).sum(0) for t in (by_weight, by_bias))
-        inverse, count = (variance + ctx.eps).rsqrt(), wide.numel() // len(weight)
-        slope = weight * inverse
-        back = -slope * inverse * by_weight / count
-        by_input = _line(grad.contiguous(), slope.repeat(ctx.groups), (-slope * by_bias / count).repeat(ctx.groups))
-        by_input += _line(wide, back.repeat(ctx.groups), (-back * mean).repeat(ctx.groups))
-        return by_input, by_weight, by_bias, None
+        inverse, by_input = (variance + ctx.eps).rsqrt(), torch.empty_like(x)
+        slope, share = weight * inverse, len(weight) / x.numel() if ctx.by_batch else 0.0  # of a place in its mean
+        _line(grads, slope, -slope * by_bias * share, _rows(by_input, ctx.groups))
+        if ctx.by_batch:
+            back, through_mean = -slope * inverse * by_weight * share, torch.empty_like(x)
+            _line(table, back, -back * mean, _rows(through_mean, ctx.groups))
+            by_input += through_mean
+        return by_input, by_weight, by_bias, None, None
 
 
 class ThinBatchNorm(nn.BatchNorm2d):
@@ -93,17 +117,12 @@ class ThinBatchNorm(nn.BatchNorm2d):
         last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] % groups == 0
         if x.is_cuda or not last or self.weight.dtype.itemsize < 4:
             return super().forward(x)
-        wide = x.permute(0, 2, 3, 1).reshape(-1, groups * self.num_features)
+        assert self.running_mean is not None and self.running_var is not None
+        given = None if self.training else (self.running_mean, self.running_var)
+        y, mean, variance = _Normalised.apply(x, self.weight, self.bias, given, self.eps)
         if self.training:
-            wide, mean, variance = _NormalisedByBatch.apply(wide, self.weight, self.bias, self.eps)
             ranks.follow(self, mean, variance, x.numel() / self.num_features)
-        else:
-            assert self.running_mean is not None and self.running_var is not None
-            mean, variance = self.running_mean.repeat(groups), self.running_var.repeat(groups)
-            wide = F.batch_norm(
-                wide, mean, variance, self.weight.repeat(groups), self.bias.repeat(groups), eps=self.eps
-            )
-        return wide.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+        return y
 
 
 def trim(model: open_clip.CLIP) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
+from typing import Any
 
 import open_clip
 import pytest
 import torch
 from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from abd_core import models, towers
@@ -23,6 +26,18 @@ def theirs(name: str) -> open_clip.CLIP:
     model = open_clip.create_model(name, load_weights=False).double()
     model.load_state_dict(models.build(name, seed=1).double().state_dict())
     return model
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
 
 
 def gradients(model: nn.Module, features: torch.Tensor, part: str) -> dict[str, torch.Tensor]:
@@ -135,6 +150,17 @@ def test_batch_norm_of_few_channels_is_torchs(
     for name, value in expected_sums.items():
         exact = 1e-12 if dtype == torch.float64 else 1e-4
         close(sums[name], value, rtol=exact, atol=exact * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_relu_in_place_behind_a_batch_norm_of_few_channels_copies_nothing(training: bool) -> None:
+    """Autograd clones the gradient of a view that is changed in place, into another layout of memory."""
+    module = towers.ThinBatchNorm(4).train(training)
+    x = torch.randn(2, 4, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with Counted() as counted:
+        torch.relu_(module(x)).square().sum().backward()
+    assert counted.calls["aten.threshold_backward.default"] == 1
+    assert counted.calls["aten.clone.default"] == 0
 
 
 def test_batch_norm_in_training_passes_gradcheck() -> None:
