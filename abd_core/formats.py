@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 from abd_core import escape, models, ranks, sources
@@ -494,6 +494,17 @@ def workers() -> int:
     return int(given) if given else min(16, len(os.sched_getaffinity(0)))
 
 
+def _room(count: int, side: int) -> torch.Tensor:
+    """Uninitialised uint8 (count, 3, side, side), channels last in memory.
+
+    In a process that reads for another one the memory is shared from the first, as torch's own collation has it: what
+    is sent would be copied there.
+    """
+    size = count * 3 * side**2
+    storage = torch.UntypedStorage._new_shared(size) if get_worker_info() else torch.UntypedStorage(size)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, side, side, 3)).permute(0, 3, 1, 2)
+
+
 class Images(Dataset):
     """The images of an index's rows. Asked for a batch of indices, it gives them back with uint8 (B, 3, R, R).
 
@@ -520,8 +531,7 @@ class Images(Dataset):
         return sources.read(address, offset=int(self.offset[index]), size=size)
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[list[int], torch.Tensor | AbdError]:
-        shape = (len(indices), 3, self.resolution, self.resolution)
-        batch = torch.empty(shape, dtype=torch.uint8, memory_format=torch.channels_last)
+        batch = _room(len(indices), self.resolution)
         pixels = batch.numpy()
         for place, index in enumerate(indices):
             try:
