@@ -49,7 +49,7 @@ def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _line(table: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, out: torch.Tensor) -> None:
-    """out = slope * table + offset, channel by channel; computed in the type of `slope`, rounded once to that of `out`."""
+    """out = slope * table + offset, by channels; computed in the type of `slope`, rounded once to that of `out`."""
     groups = table.shape[1] // len(slope)
     slope, offset = slope.repeat(groups), offset.repeat(groups)
     zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(2, 0).unbind()
