@@ -43,15 +43,19 @@ class OneQueryPool(AttentionPool2d):
         return self.c_proj(torch.einsum("bhc,hdc->bhd", mix, values).flatten(1) + self.v_proj.bias)
 
 
-def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """A map (B, C, H, W), channels last in memory, as a table (B * H * W / groups, groups * C) of the same numbers."""
-    return x.permute(0, 2, 3, 1).view(-1, groups * x.shape[1])
+def _places(channels: int) -> int:
+    """How many places of a map fill whole vectors together."""
+    return VECTOR // math.gcd(VECTOR, channels)
+
+
+def _table(x: torch.Tensor) -> torch.Tensor:
+    """A map (B, C, H, W), channels last in memory, with `_places` in a row: (B * H * W / P, P * C), the same memory."""
+    return x.permute(0, 2, 3, 1).view(-1, _places(x.shape[1]) * x.shape[1])
 
 
 def _line(table: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, out: torch.Tensor) -> None:
     """out = slope * table + offset, by channels; computed in the type of `slope`, rounded once to that of `out`."""
-    groups = table.shape[1] // len(slope)
-    slope, offset = slope.repeat(groups), offset.repeat(groups)
+    slope, offset = (t.repeat(_places(len(t))) for t in (slope, offset))
     zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(2, 0).unbind()
     torch.native_batch_norm(table, slope, offset, zero, one, False, 0.0, 0.0, out=(out, *unused))
 
@@ -71,20 +75,19 @@ class _Normalised(torch.autograd.Function):
         given: tuple[torch.Tensor, torch.Tensor] | None,
         eps: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        groups = VECTOR // math.gcd(VECTOR, len(weight))
-        table = _rows(x, groups)
+        table = _table(x)
         if given:
             mean, variance = given
         else:
             one, zero = weight.new_ones(table.shape[1]), weight.new_zeros(table.shape[1])
             _, means, inverse = torch.native_batch_norm(table, one, zero, None, None, True, 0.0, eps)
-            means, variances = means.view(groups, -1), inverse.view(groups, -1).pow(-2) - eps
+            means, variances = (t.view(-1, len(weight)) for t in (means, inverse.pow(-2) - eps))
             mean = means.mean(0)
             variance = variances.mean(0) + (means - mean).square().mean(0)
         slope, y = weight * (variance + eps).rsqrt(), torch.empty_like(x)
-        _line(table, slope, bias - slope * mean, _rows(y, groups))
+        _line(table, slope, bias - slope * mean, _table(y))
         ctx.save_for_backward(x, weight, mean, variance)
-        ctx.groups, ctx.by_batch, ctx.eps = groups, given is None, eps
+        ctx.by_batch, ctx.eps = given is None, eps
         ctx.mark_non_differentiable(mean, variance)
         return y, mean, variance
 
@@ -92,19 +95,18 @@ class _Normalised(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        table, grads = _rows(x, ctx.groups), _rows(grad, ctx.groups)
-        repeated = [t.repeat(ctx.groups) for t in (weight, mean, variance)]
+        table, grads = _table(x), _table(grad.contiguous(memory_format=torch.channels_last))
+        repeated = (t.repeat(_places(len(t))) for t in (weight, mean, variance))
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grads, table, *repeated, None, None, False, ctx.eps, [False, True, True]
         )
-        by_weight, by_bias = (t.view(ctx.groups, -1).sum(0) for t in (by_weight, by_bias))
+        by_weight, by_bias = (t.view(-1, len(weight)).sum(0) for t in (by_weight, by_bias))
         inverse, by_input = (variance + ctx.eps).rsqrt(), torch.empty_like(x)
         slope, share = weight * inverse, len(weight) / x.numel() if ctx.by_batch else 0.0  # of a place in its mean
-        _line(grads, slope, -slope * by_bias * share, _rows(by_input, ctx.groups))
+        _line(grads, slope, -slope * by_bias * share, _table(by_input))
         if ctx.by_batch:
             back, through_mean = -slope * inverse * by_weight * share, torch.empty_like(x)
-            _line(table, back, -back * mean, _rows(through_mean, ctx.groups))
+            _line(table, back, -back * mean, _table(through_mean))
             by_input += through_mean
         return by_input, by_weight, by_bias, None, None
 
@@ -113,9 +115,9 @@ class ThinBatchNorm(nn.BatchNorm2d):
     """`BatchNorm2d` for few channels on a CPU: several places of the map lie side by side in one row of a table."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        groups = VECTOR // math.gcd(VECTOR, self.num_features)
-        last = x.is_contiguous(memory_format=torch.channels_last) and x.shape[2] * x.shape[3] % groups == 0
-        if x.is_cuda or not last or self.weight.dtype.itemsize < 4:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        whole = x.shape[2] * x.shape[3] % _places(self.num_features) == 0
+        if x.is_cuda or not last or not whole or self.weight.dtype.itemsize < 4:
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         given = None if self.training else (self.running_mean, self.running_var)
