@@ -502,7 +502,8 @@ def _room(count: int, side: int) -> torch.Tensor:
     """
     size = count * 3 * side**2
     storage = torch.UntypedStorage._new_shared(size) if get_worker_info() else torch.UntypedStorage(size)
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, side, side, 3)).permute(0, 3, 1, 2)
+    strides = (3 * side**2, 1, 3 * side, 3)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (count, 3, side, side), strides)
 
 
 class Images(Dataset):
