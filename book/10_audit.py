@@ -151,7 +151,7 @@ if not len(known):
 
 # %% [markdown]
 # What the defences make of the same victims, on the evaluation split: means over seeds in %, with 95 % intervals where there are several
-# seeds. *none* is the victim.
+# seeds. *none* is the victim; below the table, the attack of those that took that each defence is weakest against.
 
 # %%
 from abd_core.grid import GRIDS
@@ -166,6 +166,12 @@ for metric, name in {"asr": "ASR", "ca_top1": "CA"}.items():
         table = means(part).droplevel("metric")
         cells = [f"{100 * r.mean:.1f}" + (f" ± {100 * r.half:.1f}" if r.seeds > 1 else "") for r in table.itertuples()]
         display(pd.Series(cells, table.index).unstack("defence").fillna("").rename_axis(f"{name}, %"))
+asr = 100 * rows[rows["metric"].eq("asr")].groupby(["attack", "defence"])["value"].mean().unstack()
+took = asr[asr["none"] >= 50] if len(asr) else asr
+for defence in adaptive.defences:
+    if defence in took and len(left := took[defence].dropna()):
+        weakest = left.idxmax()
+        print(f"{defence} leaves most of {weakest}: ASR {left.max():.1f} % of {took['none'][weakest]:.1f} %")
 if not len(rows):
     print("No adaptive victim has been defended yet.")
 
@@ -195,7 +201,7 @@ for name in ("AUC", "detected", "false alarms", "target named"):
 # %% [markdown]
 # ## What an audit costs
 #
-# Seconds of the population's audits, and what `benchmarks/audit.py` has measured. An RN50 with 1,000 classes is projected where it has not
+# Seconds of the population's audits, which ran beside other work or were paused for it, and what `benchmarks/audit.py` has measured. An RN50 with 1,000 classes is projected where it has not
 # been measured: the images that an audit puts through the encoder, over the images a second of a training step, which costs more than most
 # of these passes. The published settings of Neural Cleanse and DECREE are projected from a few of their steps.
 
