@@ -151,11 +151,13 @@ def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -
         calibration: chosen on other models, of the same `mode`.
 
     Returns:
-        index: the attack; columns `victims`, `took` (ASR of at least a half), `ASR` (the mean of those), and of those
-        `detected`, `named` (detected, and the class suspected most is one of the attacker's) and `probability` (mean).
+        index: the attack, in the order of `adaptive_members`; columns `victims`, `took` (ASR of at least a half), `ASR`
+        (the mean of those), and of those `detected`, `named` (detected, and the class suspected most is one of the
+        attacker's) and `probability` (mean).
     """
     known = {member.name: targets(member.config) for member in adaptive_members()}
-    records = []
+    places = {name: place for place, name in enumerate(known)}
+    rows, records = rows.sort_values("member", key=lambda names: names.map(places)), []
     for attack, part in rows.groupby(rows["member"].str.replace(r", seed \d+$", "", regex=True), sort=False):
         judged = scored(part, calibration, mode)
         right = [row.suspected in known.get(row.member, [row.target]) for row in judged.itertuples()]

@@ -125,6 +125,7 @@ def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_atta
         ]
     )
     found = population.adaptive_verdicts(table, fitted, "compared")
+    assert found.index.tolist() == ["BadNet", "BadNet, four targets", "SIG"]
     assert found.loc["BadNet, four targets", ["victims", "took", "detected", "named"]].tolist() == [3, 3, 2, 1]
     assert found.loc["BadNet", ["victims", "took", "detected", "named", "ASR"]].tolist() == [2, 1, 1, 0, 1.0]
     assert found.loc["SIG", ["victims", "took", "detected", "named"]].tolist() == [1, 0, 0, 0]
