@@ -274,5 +274,6 @@ print(next_step(inputs, run))
 # **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target. BadCLIP's
 # patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that has
 # never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. An attacker who
-# knows the audit has to do two things at once: put the trigger where no window looks and train the victim not to drift. The one victim of
-# that kind so far passes for clean, and ABD-D leaves most of it; either alone was found. A quiet audit is no proof of a clean model, and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
+# knows the audit has to do two things at once: put the trigger where no window looks, and train the victim not to drift. The one victim of
+# that kind so far passes for clean, and ABD-D weakens it least of all; victims of either alone were found. A quiet audit is no proof of a clean model,
+# and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
