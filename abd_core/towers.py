@@ -115,10 +115,14 @@ class ThinBatchNorm(nn.BatchNorm2d):
     """`BatchNorm2d` for few channels on a CPU: several places of the map lie side by side in one row of a table."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        last = x.is_contiguous(memory_format=torch.channels_last)
-        whole = x.shape[2] * x.shape[3] % _places(self.num_features) == 0
-        # What is traced is to be read by a torch that knows nothing of this.
-        if x.is_cuda or not last or not whole or self.weight.dtype.itemsize < 4 or torch.jit.is_tracing():
+        fits = (
+            not torch.jit.is_tracing()  # what is traced may be read where nothing of this is known
+            and not x.is_cuda
+            and self.weight.dtype.itemsize >= 4
+            and x.is_contiguous(memory_format=torch.channels_last)
+            and x.shape[2] * x.shape[3] % _places(self.num_features) == 0
+        )
+        if not fits:
             return super().forward(x)
         assert self.running_mean is not None and self.running_var is not None
         given = None if self.training else (self.running_mean, self.running_var)

@@ -175,11 +175,8 @@ def test_batch_norm_in_training_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(normalised, (x, weight, bias))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_trace_of_the_image_encoder_gives_its_features() -> None:
-    visual, images = (
-        models.build().visual.eval(),
-        torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last),
-    )
+    visual = models.build().visual.eval()
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     traced = torch.jit.trace(visual, images, check_trace=False)
     torch.testing.assert_close(traced(images), visual(images), rtol=1e-4, atol=1e-5)
