@@ -497,8 +497,7 @@ def workers() -> int:
 def _room(count: int, side: int) -> torch.Tensor:
     """Uninitialised uint8 (count, 3, side, side), channels last in memory.
 
-    In a process that reads for another one the memory is shared from the first, as torch's own collation has it: what
-    is sent would be copied there.
+    In a worker it lies in shared memory from the first, as what torch collates itself does: to send it copies nothing.
     """
     size = count * 3 * side**2
     storage = torch.UntypedStorage._new_shared(size) if get_worker_info() else torch.UntypedStorage(size)

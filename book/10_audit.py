@@ -151,7 +151,7 @@ if not len(known):
 
 # %% [markdown]
 # What the defences make of the same victims, on the evaluation split: means over seeds in %, with 95 % intervals where there are several
-# seeds. *none* is the victim; below the table, the attack of those that took that each defence is weakest against.
+# seeds. *none* is the victim; below the tables, the attack of those that took that each defence is weakest against.
 
 # %%
 from abd_core.grid import GRIDS
@@ -201,8 +201,8 @@ for name in ("AUC", "detected", "false alarms", "target named"):
 # %% [markdown]
 # ## What an audit costs
 #
-# Seconds of the population's audits, which ran beside other work or were paused for it, and what `benchmarks/audit.py` has measured. An RN50 with 1,000 classes is projected where it has not
-# been measured: the images that an audit puts through the encoder, over the images a second of a training step, which costs more than most
+# Seconds of the population's audits, some of which ran beside other work or were paused for it, and what `benchmarks/audit.py` has measured.
+# An RN50 with 1,000 classes is projected where it has not been measured: the images that an audit puts through the encoder, over the images a second of a training step, which costs more than most
 # of these passes. The published settings of Neural Cleanse and DECREE are projected from a few of their steps.
 
 # %%
@@ -273,7 +273,7 @@ print(next_step(inputs, run))
 #
 # **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target. BadCLIP's
 # patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that has
-# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. An attacker who
-# knows the audit has to do two things at once: put the trigger where no window looks, and train the victim not to drift. The one victim of
-# that kind so far passes for clean, and ABD-D weakens it least of all; victims of either alone were found. A quiet audit is no proof of a clean model,
+# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. Of the attackers
+# above who know the audit, one passes for clean: it puts the trigger where no window looks, and trains the victim not to drift (one victim
+# so far). Either alone was found. It is also what ABD-D weakens least. A quiet audit is no proof of a clean model,
 # and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.

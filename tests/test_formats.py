@@ -448,6 +448,19 @@ def test_a_worker_that_dies_while_it_sends_a_batch_is_one_line(error: Exception)
         next(batches)
 
 
+class Where(formats.Images):
+    """Gives, in the place of images, whether they lie in shared memory before they are sent."""
+
+    def __getitems__(self, indices):
+        return super().__getitems__(indices)[1].is_shared()
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_a_worker_decodes_into_memory_that_is_shared_already(processes: int, tmp_path: Path):
+    images = Where(read_index(written(tmp_path / "a", "cleanclip")).table, 32)
+    assert list(formats.loader(images, [[0, 1], [2]], processes=processes)) == [processes > 0] * 2
+
+
 def test_an_error_in_a_worker_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ABD_WORKERS", "1")
     pairs = loaded(written(tmp_path / "a", "cleanclip"))
