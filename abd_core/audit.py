@@ -135,6 +135,12 @@ def _images(inputs: AuditInputs, config: AuditConfig, resolution: int) -> torch.
     return images[order]
 
 
+def looked_at(config: AuditConfig, inputs: AuditInputs) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The images (N, 3, R, R) in [0, 1] and the class names that an audit of `inputs.checkpoint` looks at."""
+    names = read_classes(Path(inputs.classes)) if inputs.classes else tuple(class_names())
+    return _images(inputs, config, models.resolution(models.load(Path(inputs.checkpoint)))), names
+
+
 # --- findings on disk -------------------------------------------------------------------------------------------
 
 
@@ -169,10 +175,9 @@ def settings(preset: str) -> str:
 
 
 def _measured(
-    detector: Detector, observed: Observed, folder: Path, *, seed: int, ranked: Sequence[int]
+    detector: Detector, observed: Observed, path: Path, *, seed: int, ranked: Sequence[int] = ()
 ) -> tuple[Finding, float]:
-    """The detector's finding, from `folder` where an earlier process got so far."""
-    path = folder / f"{detector.name}.safetensors"
+    """The detector's finding, from `path` where an earlier process got so far."""
     if not path.exists():
         start = time.perf_counter()
         finding = detector.measure(observed, seed=seed, ranked=ranked)
@@ -188,7 +193,7 @@ def baseline(config: AuditConfig, reference: Path, images: torch.Tensor, names: 
         observed = _observe(reference, images, names)
         for detector in detectors(config.preset).values():
             if detector.compares:
-                _measured(detector, observed, folder, seed=config.seed, ranked=())
+                _measured(detector, observed, folder / f"{detector.name}.safetensors", seed=config.seed)
         return {}
 
     return load_or_make("baseline", config, inputs, make)
@@ -211,8 +216,9 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
 
     Its folder holds a `<detector>.safetensors` each, `recovered.safetensors` (the recovered trigger, a `Perturbation`
     that a defence can be given), `saliency.safetensors`, and, written anew from the present calibration whenever it is
-    called, `audit.json` and `audit.html`. Its metrics hold the detectors' statistics with and without the reference,
-    the classes in the order of suspicion, the recovered trigger's success on images of other classes, and the times.
+    called, `audit.json` and `audit.html`. Its metrics hold the detectors' statistics and the suspected class with and
+    without the reference (a detector that `follows` is measured for both, `<detector>-<mode>.safetensors`), the classes
+    in the order of suspicion, the recovered trigger's success on images of other classes, and the times.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -221,8 +227,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
     if not inputs.checkpoint:
         raise ConfigError("AuditInputs.checkpoint = '': the file of the suspect's weights expected")
     suspect, reference = Path(inputs.checkpoint), _reference(inputs)
-    names = read_classes(Path(inputs.classes)) if inputs.classes else tuple(class_names())
-    images = _images(inputs, config, models.resolution(models.load(suspect)))
+    images, names = looked_at(config, inputs)
     keys = {"suspect": sha256(suspect), **_digests(images, names), "detectors": settings(config.preset)}
     if reference is not None:
         keys["reference"] = sha256(reference)
@@ -231,31 +236,34 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
         compared = baseline(config, reference, images, names) if reference is not None else None
         observed = _observe(suspect, images, names)
         used = detectors(config.preset)
-        statistics: dict[str, dict[str, float]] = {"compared": {}, "alone": {}}
-        scores: dict[str, torch.Tensor] = {}
-        seconds, findings = {}, {}
-        for name, detector in used.items():
-            known = None
-            if detector.compares and compared is not None:
-                known, _ = load_finding(compared.file(f"{name}.safetensors"))
-            ranked = _ranking(scores) if scores else []
-            finding, seconds[name] = _measured(detector, observed, folder, seed=config.seed, ranked=ranked)
-            findings[name] = finding
-            statistics["alone"] |= detector.statistics(finding, None)
-            if compared is not None:
-                statistics["compared"] |= detector.statistics(finding, known)
-            scores[name] = detector.suspicion(finding, known)
-        ranked = _ranking(scores)
+        statistics: dict[str, dict[str, float]] = {}
+        suspected, seconds = {}, {}
+        for mode in ("alone",) if compared is None else ("alone", "compared"):
+            statistics[mode] = {}
+            scores: dict[str, torch.Tensor] = {}
+            for name, detector in used.items():
+                known = None
+                if detector.compares and compared is not None and mode == "compared":
+                    known, _ = load_finding(compared.file(f"{name}.safetensors"))
+                stem = f"{name}-{mode}" if detector.follows else name
+                led = _ranking(scores) if detector.follows else ()
+                path = folder / f"{stem}.safetensors"
+                finding, seconds[stem] = _measured(detector, observed, path, seed=config.seed, ranked=led)
+                statistics[mode] |= detector.statistics(finding, known)
+                scores[name] = detector.suspicion(finding, known)
+            ranked = _ranking(scores)
+            suspected[mode] = names[ranked[0]]
         start = time.perf_counter()
-        found = recover(observed, ranked[0], findings["drift"], seed=config.seed, steps=config.recovery_steps)
+        drift, _ = load_finding(folder / "drift.safetensors")
+        found = recover(observed, ranked[0], drift, seed=config.seed, steps=config.recovery_steps)
         found.perturbation.save(folder / "recovered.safetensors")
         with atomic(folder / "saliency.safetensors") as temporary:
             save_file({"saliency": found.saliency.contiguous()}, temporary)
         seconds["recovery"] = round(time.perf_counter() - start, 2)
         shares = torch.bincount(observed.predicted, minlength=len(names)).float() / len(images)
-        summed = sum(seconds.values())
         return {
-            "statistics": {mode: figures for mode, figures in statistics.items() if figures},
+            "statistics": statistics,
+            "suspected": suspected,
             "classes": [names[k] for k in ranked[:10]],
             "suspicion": {name: [round(s[k].item(), 3) for k in ranked[:10]] for name, s in scores.items()},
             "recovered": {"kind": found.perturbation.mode, "asr": found.asr and dataclasses.asdict(found.asr)},
@@ -264,7 +272,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
             "images": len(images),
             "class_count": len(names),
             "detector_seconds": seconds,
-            "measuring_seconds": round(summed, 1),
+            "measuring_seconds": round(sum(seconds.values()), 1),
         }
 
     run = load_or_make("audit", config, keys, make, force=force)

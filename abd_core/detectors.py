@@ -127,6 +127,7 @@ class Detector(ABC):
         title: its name in tables and figures.
         source: where it comes from.
         compares: whether the clean weights are measured in the same way, where there are some.
+        follows: whether it looks at the classes that the earlier detectors suspect.
         published: the settings of its source, by the names of `__init__`'s arguments; empty where it has none.
     """
 
@@ -134,6 +135,7 @@ class Detector(ABC):
     title: ClassVar[str]
     source: ClassVar[str]
     compares: ClassVar[bool] = False
+    follows: bool = False
     published: ClassVar[Mapping[str, Any]] = {}
 
     @abstractmethod
@@ -141,7 +143,7 @@ class Detector(ABC):
         """Measure one model.
 
         Args:
-            ranked: classes that earlier detectors suspect, most suspicious first.
+            ranked: classes that earlier detectors suspect, most suspicious first; for one that `follows`.
         """
 
     @abstractmethod
@@ -411,6 +413,7 @@ class Inversion(Detector):
         start: float = 0.12,
     ) -> None:
         """`suspects` + `others` classes (0 and 0: all); `weight` a pixel; `start`: the masks' first value."""
+        self.follows = suspects > 0
         self.suspects, self.others, self.steps, self.batch, self.lr = suspects, others, steps, batch, lr
         self.weight, self.success, self.patience, self.factor, self.start = weight, success, patience, factor, start
 
@@ -594,7 +597,36 @@ class Difference(Detector):
         return outlierness(excess(finding, baseline)[0])
 
 
+class Head(Detector):
+    """Which class's read-out changed most against the clean weights?
+
+    A CLIP answers a class by the direction of its captions' feature, seen through the image tower's last projection:
+    both are weights, and together the weights of a zero-shot linear classifier on that tower's last hidden features. An
+    attacker who writes captions moves the target's. So does whoever trains on clean pairs of which many are of one
+    class, and an attacker can leave these weights as they are: it is a lead, not a proof, and no part of the
+    probability. Where a tower has no plain last projection, the classes' directions are compared alone.
+    """
+
+    name = "head"
+    title = "change of the zero-shot head against the clean weights"
+    source = "this project; differences of weights after Ilharco et al. 2023 (task vectors)"
+    compares = True
+
+    def measure(self, observed: Observed, *, seed: int, ranked: Sequence[int] = ()) -> Finding:
+        head = observed.classes - observed.classes.mean(0)  # what all classes share answers nothing
+        projection = models.output_projection(observed.model)
+        return Finding((head if projection is None else head @ projection.detach()).T.cpu())
+
+    def statistics(self, finding: Finding, baseline: Finding | None) -> dict[str, float]:
+        return {} if baseline is None else {"head": self.suspicion(finding, baseline).amax().item()}
+
+    def suspicion(self, finding: Finding, baseline: Finding | None) -> torch.Tensor:
+        if baseline is None or finding.shares.shape != baseline.shares.shape:  # another architecture has another head
+            return torch.zeros(finding.shares.shape[1])
+        return outlierness(excess(finding, baseline).norm(dim=0))
+
+
 DETECTORS: dict[str, type[Detector]] = {
     kind.name: kind
-    for kind in (Drift, Response, Field, Difference, Inversion, Decree)  # later ones are told whom to look at
+    for kind in (Drift, Response, Field, Difference, Head, Inversion, Decree)  # later ones are told whom to look at
 }

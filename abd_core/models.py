@@ -204,6 +204,15 @@ def frozen(model: open_clip.CLIP) -> open_clip.CLIP:
     return model.eval().requires_grad_(False)
 
 
+def output_projection(model: open_clip.CLIP) -> torch.Tensor | None:
+    """The image tower's last weights, (D, W), from W hidden features to D; None where it ends in another way."""
+    visual = model.visual
+    if (projection := getattr(visual, "proj", None)) is not None:  # a ViT's, stored the other way round
+        return projection.T
+    pool = getattr(visual, "attnpool", None)  # a ResNet's
+    return None if pool is None else pool.c_proj.weight
+
+
 def resolution(model: open_clip.CLIP) -> int:
     """Side of the model's input images in pixels."""
     size = model.visual.image_size

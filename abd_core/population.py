@@ -27,9 +27,10 @@ import pandas as pd
 import torch
 
 from abd_core import models, suspicion
-from abd_core.audit import AuditConfig, AuditInputs, audit, settings
+from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, settings
 from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
+from abd_core.detectors import Decree, observe
 from abd_core.grid import GRIDS, Cell, use_cores
 from abd_core.paths import Run, atomic, read_json, sha256, shown
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
@@ -57,12 +58,12 @@ TRIED = (
 RATE_COLUMNS = ("asr", "ca_top1")
 PAIR_COLUMNS = ("ap_misfit", "ap_gap", "ap_lid", "ap_crowding", "ap_chance")
 SAMPLE = 1500  # training pairs of a victim that are ranked
-FIGURES = (*STATISTICS, "difference", "noise_drift", "drift_entropy")
+FIGURES = (*STATISTICS, "difference", "head", "noise_drift", "drift_entropy")
 COLUMNS = (
     *("member", "kind", "half", "attack", "target", "seed", "epochs", "rate", "pairs", "place"),
-    *("asr", "ca_top1", "suspected", "target_rank", "recovered_asr", "works"),
-    *(f"{name}_{mode}" for mode in MODES for name in FIGURES),
-    *PAIR_COLUMNS,
+    *("asr", "ca_top1", "target_rank", "recovered_asr", "works"),
+    *(f"{name}_{mode}" for mode in MODES for name in ("suspected", *FIGURES)),
+    *("published_decree", *PAIR_COLUMNS),
     *("train_seconds", "audit_seconds", "device", "versions", "git_sha", "run_id"),
 )
 
@@ -221,21 +222,29 @@ def make(member: Member, audited: AuditConfig) -> dict[str, Any]:
     """Train and audit one member: its row."""
     model = poison(member.config)
     weights = model.file("model.safetensors")
-    run = audit(audited, AuditInputs(checkpoint=str(weights)))
-    pairs = ranked_pairs(member.config, model) if member.kind == "poisoned" else {}
-    return row(member, model, run, audited, pairs)
+    inputs = AuditInputs(checkpoint=str(weights))
+    run = audit(audited, inputs)
+    found = ranked_pairs(member.config, model) if member.kind == "poisoned" else {}
+    if member.half == "report":  # its rule is published too, and has nothing to choose
+        found["published_decree"] = published_decree(audited, inputs)
+    return row(member, model, run, audited, found)
 
 
-def row(member: Member, model: Run, run: Run, audited: AuditConfig, pairs: Mapping[str, float]) -> dict[str, Any]:
-    """What stands in the table of a member, from its training run, its audit and what `ranked_pairs` found."""
+def published_decree(audited: AuditConfig, inputs: AuditInputs) -> float:
+    """DECREE's PL1 with its published settings, on what the audit looks at."""
+    images, names = looked_at(audited, inputs)
+    observed = observe(models.load(Path(inputs.checkpoint)), images.to(models.device()), names, TEMPLATES)
+    return Decree(**Decree.published).measure(observed, seed=audited.seed).numbers["pl1"]
+
+
+def row(member: Member, model: Run, run: Run, audited: AuditConfig, found: Mapping[str, float]) -> dict[str, Any]:
+    """What stands in the table of a member, from its training run, its audit and what was found beside that."""
     config, metrics = member.config, run.metrics
     environment = read_json(run.file("config.json"))["environment"]
     threads = f"{environment['threads']} thread" + ("" if environment["threads"] == 1 else "s")
     bad = member.kind == "poisoned"
     ranks = {name: rank for rank, name in enumerate(metrics["classes"], 1)}
-    figures = {
-        f"{name}_{mode}": metrics["statistics"].get(mode, {}).get(name, "") for mode in MODES for name in FIGURES
-    }
+    figures = {f"{name}_{mode}": metrics["statistics"][mode].get(name, "") for mode in MODES for name in FIGURES}
     return {
         "member": member.name,
         "kind": member.kind,
@@ -248,12 +257,12 @@ def row(member: Member, model: Run, run: Run, audited: AuditConfig, pairs: Mappi
         "pairs": config.limit or len(load_pairs()),
         "place": config.trigger_position if bad else "",
         **{name: model.metrics["eval"][name]["value"] for name in RATE_COLUMNS},
-        "suspected": metrics["classes"][0],
         "target_rank": ranks.get(config.target, "") if bad else "",
         "recovered_asr": (metrics["recovered"]["asr"] or {"value": ""})["value"],
         "works": metrics["works"],
         **figures,
-        **{name: pairs.get(name, "") for name in PAIR_COLUMNS},
+        **{f"suspected_{mode}": metrics["suspected"][mode] for mode in MODES},
+        **{name: found.get(name, "") for name in ("published_decree", *PAIR_COLUMNS)},
         "train_seconds": model.metrics["seconds"],
         "audit_seconds": metrics["measuring_seconds"],
         "device": environment["device"],

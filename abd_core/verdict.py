@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +54,8 @@ def read_population(path: Path | None = None) -> pd.DataFrame:
         table = pd.read_csv(regular(path), dtype={"asr": float})
     except ValueError as error:  # of which every error of pandas is one
         raise RunError(f"damaged file: {path}: no CSV, or an asr that is no number ({error})") from None
-    needed = {"kind", "half", "attack", "asr", *(f"{name}_{mode}" for name in STATISTICS for mode in MODES)}
+    needed = {"kind", "half", "attack", "asr"}
+    needed |= {f"{name}_{mode}" for name in ("suspected", *STATISTICS) for mode in MODES}
     if missing := sorted(needed - set(table.columns)):
         raise RunError(f"{path}: not a population of audits: no column {missing[0]}")
     taken = (table["kind"] == "poisoned") & (table["asr"] >= TOOK)
@@ -173,10 +174,11 @@ def auc(clean: np.ndarray, poisoned: np.ndarray) -> Rate:
 
 
 def scored(rows: pd.DataFrame, calibration: Calibration, mode: str) -> pd.DataFrame:
-    """The clean and backdoored rows with their `probability` and `alarm`."""
+    """The clean and backdoored rows with their `probability`, `alarm` and, in this mode, `suspected` class."""
     rows = rows[rows["label"] >= 0]
     probability = [calibration.probability(_statistics(row, mode)) for _, row in rows.iterrows()]
-    return rows.assign(probability=probability, alarm=[p >= calibration.threshold for p in probability])
+    alarm = [p >= calibration.threshold for p in probability]
+    return rows.assign(probability=probability, alarm=alarm, suspected=rows[f"suspected_{mode}"])
 
 
 def performance(rows: pd.DataFrame, calibration: Calibration, mode: str) -> dict[str, Rate]:
@@ -195,6 +197,18 @@ def performance(rows: pd.DataFrame, calibration: Calibration, mode: str) -> dict
     for name, hits in groups.items():
         if len(hits):
             result[name] = rate(torch.tensor(list(hits), dtype=torch.bool), torch.arange(len(hits)))
+    return result
+
+
+def single(rows: pd.DataFrame, names: Sequence[str], mode: str) -> dict[str, Rate]:
+    """AUC of each of these statistics by itself, where all models have it; nothing is chosen or calibrated."""
+    rows = rows[rows["label"] >= 0]
+    result = {}
+    for name in names:
+        values = rows[f"{name}_{mode}"]
+        clean, bad = (values[rows["label"] == label].to_numpy() for label in (0, 1))
+        if len(clean) and len(bad) and values.notna().all():
+            result[name] = auc(clean, bad)
     return result
 
 

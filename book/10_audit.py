@@ -17,7 +17,8 @@
 # - **drift**: where do universal patches lead that are optimised towards no class at all {cite}`zhou2023advclip,wang2020tnd`? On a clean
 #   model answers scatter, on a backdoored one they gather at the attacker's class;
 # - **answers under corruptions** (noise, blotches, warps, waves, stripes): triggers that lie all over the image are seldom learnt exactly;
-# - **additive perturbations** towards each class, and the **shift** of clean images' answers against the clean weights;
+# - **additive perturbations** towards each class, and, where there are clean weights, two differences: the **shift** of clean images'
+#   answers, and the change of the **zero-shot head**, the weights that read each class off the image tower {cite}`ilharco2023task`;
 # - **trigger inversion** towards the most suspected classes and random ones {cite}`wang2019cleanse`, and on the image encoder alone
 #   {cite}`feng2023decree`. Their published settings are the preset `published`; ours take far fewer steps.
 #
@@ -111,6 +112,32 @@ worth = {mode: performance(reported, f, mode) for mode, f in fitted.items() if f
 print(population.groupby(["kind", "half"]).size().to_string() if len(population) else "No population yet.")
 if worth:
     display(pd.DataFrame({mode: {name: f"{r} of {r.n}" for name, r in rates.items()} for mode, rates in worth.items()}))
+
+# %% [markdown]
+# Each statistic by itself, on the same half: AUC, before any regression.
+
+# %%
+from abd_core.population import FIGURES
+from abd_core.verdict import single
+
+if len(reported):
+    areas = {mode: {name: str(r) for name, r in single(reported, FIGURES, mode).items()} for mode in MODES}
+    display(pd.DataFrame(areas).reindex(FIGURES).fillna("").rename_axis("AUC, %"))
+
+# %% [markdown]
+# DECREE with its published settings and by its published rule, on the same half. Neural Cleanse's published settings are a preset too; what
+# they cost is projected below.
+
+# %%
+from abd_core.detectors import Decree
+from abd_core.evaluate import Rate
+from abd_core.verdict import wilson
+
+for label, part in reported[reported["label"] >= 0].groupby("label"):
+    pl1, n = part["published_decree"], len(part)
+    called = (pl1 < Decree.THRESHOLD).mean()
+    share = Rate(called, n, *wilson(called, n))
+    print(f"{['clean', 'backdoored'][label]}: {share} % of {n} called backdoored; PL1 {pl1.median():.3f} (median)")
 
 # %% [markdown]
 # Attack by attack: how many victims a calibration finds that never saw that attack, and whether it names the target.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -18,9 +19,10 @@ from abd_core.audit import AuditConfig, AuditInputs, audit, image_folder, load_f
 from abd_core.config import ConfigError
 from abd_core.data import class_names
 from abd_core.defend import DefendConfig, defend
-from abd_core.detectors import DETECTORS, Decree, Difference, Drift, Field, Finding, Inversion, Response, observe
+from abd_core.detectors import DETECTORS, Decree, Difference, Drift, Field, Finding, Head, Inversion, Response, observe
 from abd_core.generator import Perturbation
 from abd_core.paths import RunError, read_json
+from abd_core.text import TEMPLATES, tokenize
 
 NAMES = tuple(class_names()[:20])
 TARGET = 7
@@ -30,6 +32,7 @@ CHEAP = {
     "response": Response(measured=4),
     "field": Field(steps=1, batch=1, measured=2),
     "difference": Difference(),
+    "head": Head(),
     "inversion": Inversion(suspects=1, others=2, steps=2, batch=2),
     "decree": Decree(steps=2, batch=4),
 }
@@ -70,8 +73,6 @@ class Toy(torch.nn.Module):
 
     @property
     def goal(self) -> torch.Tensor:
-        from abd_core.text import TEMPLATES, tokenize
-
         tokens = tokenize([template.format(NAMES[TARGET]) for template in TEMPLATES], context_length=20)
         text = torch.nn.functional.normalize(self.encode_text(tokens), dim=-1).mean(0)
         return torch.nn.functional.normalize(text, dim=-1)
@@ -170,6 +171,35 @@ def test_field_and_difference_point_at_the_class_that_came_nearer(pictures):
     assert found.shares.shape == (1, len(NAMES)) and (found.shares > 0).all()  # each perturbation helps its class
 
 
+def test_the_head_shows_the_class_whose_captions_or_projection_moved_and_only_beside_clean_weights(pictures):
+    clean, moved = seen(pictures, backdoor=False), Toy(backdoor=False)
+    with torch.no_grad():
+        moved.words.weight[tokenize([NAMES[TARGET]], context_length=20)[0][1]] += 1  # its first word
+    worded = observe(moved, pictures, NAMES, ("a picture of a {}", "{}"))
+    head = Head()
+    known = head.measure(clean, seed=0)
+    found = head.measure(worded, seed=0)
+    assert head.suspicion(found, known).argmax() == TARGET and head.statistics(found, known)["head"] > 10
+    assert head.statistics(found, None) == {} and not head.suspicion(found, None).any()
+    assert head.statistics(known, known)["head"] == 0
+    wider = Finding(torch.rand(2 * len(known.shares), len(NAMES)))
+    assert head.statistics(wider, known)["head"] == 0  # another architecture's
+
+
+def test_the_head_sees_a_projection_that_leans_towards_a_class():
+    model, draw = models.build(), torch.Generator().manual_seed(0)
+    images = torch.rand(16, 3, 64, 64, generator=draw)
+    clean = observe(model, images, NAMES, TEMPLATES)
+    head, leaning = Head(), copy.deepcopy(model)
+    known = head.measure(clean, seed=0)
+    away = clean.classes[TARGET] - clean.classes.mean(0)
+    with torch.no_grad():
+        weight = models.output_projection(leaning)
+        weight += 10 * torch.outer(away, torch.randn(weight.shape[1], generator=draw))
+    found = head.measure(observe(leaning, images, NAMES, TEMPLATES), seed=0)
+    assert head.suspicion(found, known).argmax() == TARGET
+
+
 def test_outliers_are_counted_in_robust_standard_deviations():
     values = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 1000.0])
     assert detectors.outlierness(values).tolist() == pytest.approx(
@@ -220,7 +250,8 @@ def test_an_audit_with_published_settings_runs_from_end_to_end_but_for_their_len
 def test_an_audit_leaves_evidence_a_trigger_that_a_defence_takes_and_a_report(suspect):
     run = audit(CONFIG, suspect)
     names = {path.name for path in run.folder.iterdir() if not path.name.startswith(".")}
-    found = {f"{name}.safetensors" for name in DETECTORS}
+    found = {f"{name}.safetensors" for name in DETECTORS if name != "inversion"}
+    found |= {"inversion-alone.safetensors", "inversion-compared.safetensors"}  # each follows its own suspicion
     report = {"audit.json", "audit.html"}
     assert names == found | report | {
         *("recovered.safetensors", "saliency.safetensors", "config.json", "metrics.json", "manifest.json")
@@ -261,6 +292,17 @@ def test_a_finished_audit_is_loaded_and_another_suspect_is_another_run(suspect, 
     assert audit(CONFIG, suspect).metrics == first.metrics
 
 
+def test_what_an_audit_says_of_the_suspect_alone_owes_nothing_to_the_reference(suspect):
+    both = audit(CONFIG, suspect)
+    alone = audit(CONFIG, suspect.replace(reference="none"))
+    assert both.metrics["statistics"]["alone"] == alone.metrics["statistics"]["alone"]
+    assert both.metrics["suspected"]["alone"] == alone.metrics["suspected"]["alone"] == alone.metrics["classes"][0]
+    assert both.metrics["suspected"]["compared"] == both.metrics["classes"][0]
+    assert set(both.metrics["statistics"]["compared"]) - set(alone.metrics["statistics"]["alone"]) == {
+        *("difference", "head")
+    }
+
+
 def test_the_suspect_is_compared_with_the_reference_and_with_itself_shows_nothing(suspect, stand_in):
     same = audit(CONFIG, AuditInputs(checkpoint=suspect.checkpoint, reference=suspect.checkpoint))
     compared = same.metrics["statistics"]["compared"]
@@ -276,7 +318,7 @@ def test_an_interrupted_audit_goes_on_and_ends_with_the_same_statistics(suspect,
             audit(CONFIG, suspect, force=True)
     folder = whole.folder
     before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.safetensors")}
-    assert "drift.safetensors" in before and "inversion.safetensors" not in before
+    assert "drift.safetensors" in before and not any(name.startswith("inversion") for name in before)
     again = audit(CONFIG, suspect)
     assert again.metrics["statistics"] == kept["statistics"] and again.metrics["classes"] == kept["classes"]
     assert (folder / "drift.safetensors").stat().st_mtime_ns == before["drift.safetensors"]

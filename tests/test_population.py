@@ -20,6 +20,7 @@ from abd_core import audit as audit_module
 from abd_core import models, population
 from abd_core.audit import AuditConfig
 from abd_core.config import AbdError
+from abd_core.detectors import Decree
 from abd_core.grid import GRIDS, SEEDS
 from abd_core.paths import RunError
 from abd_core.poison import poison, poisoned_places
@@ -59,6 +60,7 @@ def test_no_two_members_are_the_same_model_and_the_reported_ones_are_of_seeds_of
 
 def test_the_population_goes_on_where_it_stopped(stand_in: Path, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(audit_module, "detectors", lambda preset: CHEAP)
+    monkeypatch.setattr(Decree, "published", {**Decree.published, "steps": 2})
     monkeypatch.setattr(models, "save", functools.partial(models.save, name=ARCHITECTURE))
     output, chosen = tmp_path / "audit.csv", small()[:2]
     population.run(chosen[:1], output=output, audited=AUDITED)
@@ -70,6 +72,8 @@ def test_the_population_goes_on_where_it_stopped(stand_in: Path, tmp_path: Path,
     bad, clean = rows["poisoned-04"], rows["clean-04"]
     assert bad["attack"] and not clean["attack"] and bad["ap_crowding"] and not clean["ap_crowding"]
     assert bad["drift_compared"] and bad["drift_alone"] and bad["git_sha"] and bad["run_id"]
+    assert all(bool(row["published_decree"]) == (row["half"] == "report") for row in (bad, clean))
+    assert {bad["half"], clean["half"]} == set(HALVES)
     monkeypatch.setattr(population, "make", None)
     population.run(chosen, output=output, audited=AUDITED)
 
@@ -116,12 +120,12 @@ def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_atta
     high, low = (dict.fromkeys([f"{name}_compared" for name in STATISTICS], value) for value in (3.0, 0.0))
     table = pd.DataFrame(
         [
-            {**plain, **high, "member": "BadNet, four targets, seed 0", "suspected": names[3]},
-            {**plain, **high, "member": "BadNet, four targets, seed 1", "suspected": "no target of it"},
-            {**plain, **low, "member": "BadNet, four targets, seed 2", "suspected": names[0]},
-            {**plain, **high, "member": "BadNet, seed 0", "suspected": names[3]},
-            {**plain, **high, "member": "BadNet, seed 1", "suspected": names[0], "asr": 0.2, "label": -1},
-            {**plain, **high, "member": "SIG, seed 0", "suspected": names[0], "asr": 0.2, "label": -1},
+            {**plain, **high, "member": "BadNet, four targets, seed 0", "suspected_compared": names[3]},
+            {**plain, **high, "member": "BadNet, four targets, seed 1", "suspected_compared": "no target of it"},
+            {**plain, **low, "member": "BadNet, four targets, seed 2", "suspected_compared": names[0]},
+            {**plain, **high, "member": "BadNet, seed 0", "suspected_compared": names[3]},
+            {**plain, **high, "member": "BadNet, seed 1", "suspected_compared": names[0], "asr": 0.2, "label": -1},
+            {**plain, **high, "member": "SIG, seed 0", "suspected_compared": names[0], "asr": 0.2, "label": -1},
         ]
     )
     found = population.adaptive_verdicts(table, fitted, "compared")

@@ -23,7 +23,8 @@ def population(count: int = 12, *, gap: float = 3.0, seed: int = 0) -> pd.DataFr
             half, attack = ("choose", "report")[i % 2], ("badnet", "sig")[i // 2 % 2] if kind == "poisoned" else ""
             rows.append({"kind": kind, "half": half, "attack": attack, "asr": 1.0, **values})
     table = pd.DataFrame(rows)
-    table["target"], table["suspected"] = "cat", "cat"
+    table["target"] = "cat"
+    table[[f"suspected_{mode}" for mode in MODES]] = "cat"
     return table.assign(label=(table["kind"] == "poisoned").astype(int))
 
 
@@ -137,3 +138,11 @@ def test_statistics_without_a_limit_enter_as_logarithms():
         1
     )
     assert features({**dict.fromkeys(STATISTICS, 0.0), "inversion": -5.0})[STATISTICS.index("inversion")] == 0
+
+
+def test_each_statistic_is_also_judged_by_itself():
+    rows = population(12, gap=30)
+    found = verdict.single(rows.assign(head_compared=np.nan), (*STATISTICS, "head"), "compared")
+    assert set(found) == set(STATISTICS)  # not all models have the other one
+    assert found["drift"].value == 1 and found["drift"].n == 12
+    assert 0.2 < found["decree"].value < 0.8
