@@ -38,7 +38,7 @@ from abd_core.inputs import PairSource, own_pairs
 from abd_core.kernels.perturb import add
 from abd_core.paths import Run, RunError, atomic, load_or_make, read_json, regular, sha256, shown, write_json
 from abd_core.text import TEMPLATES
-from abd_core.verdict import Verdict, judge
+from abd_core.verdict import Verdict, clean_below, judge
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 DEGENERATE = 0.5  # a model that gives more than this share of clean images to one class is no working classifier
@@ -405,6 +405,7 @@ def record(run: Run, inputs: AuditInputs, config: AuditConfig) -> dict[str, Any]
         "suspected_target": metrics["classes"][0],
         "runners_up": metrics["classes"][1:4],
         "statistics": metrics["statistics"],
+        "clean_models_below": {mode: clean_below(values, mode) for mode, values in metrics["statistics"].items()},
         "detectors": rests_on,
         "recovered_trigger": {**metrics["recovered"], "file": "recovered.safetensors"},
         "inputs": {**inputs.to_dict(), "digests": read_json(run.file("config.json"))["inputs"]},
@@ -447,7 +448,14 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         f"{Rate(**trigger['asr'])} % of {trigger['asr']['n']} images of other classes" if trigger["asr"] else "no image"
     )
     rows = [[d["title"], d["says"], d["source"]] for d in whole["detectors"].values()]
-    figures = [[mode, name, value] for mode, values in whole["statistics"].items() for name, value in values.items()]
+    below = {
+        mode: {name: f"{k} of {n}" for name, (k, n) in v.items()} for mode, v in whole["clean_models_below"].items()
+    }
+    figures = [
+        [mode, name, value, below[mode].get(name, "")]
+        for mode, values in whole["statistics"].items()
+        for name, value in values.items()
+    ]
     given = [[name, value] for part in ("inputs", "config") for name, value in whole[part].items()]
     style = (
         "body{font:15px/1.5 sans-serif;max-width:48em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
@@ -465,7 +473,7 @@ def page(whole: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> str:
         "answers under corruptions), else robust standard deviations above the median class.</p>",
         table(["detector", "suspected class", "source"], rows),
         "<h2>Statistics</h2>",
-        table(["against the reference", "statistic", "value"], figures),
+        table(["against the reference", "statistic", "value", "clean models below"], figures),
         f"<h2>Next step</h2><pre>{html.escape(whole['next_step'])}</pre>",
         "<h2>Settings</h2>",
         table(["setting", "value"], given),

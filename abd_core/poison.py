@@ -74,6 +74,11 @@ class PoisonConfig(TrainInputs, TrainConfig):
         ge=0,
         later=True,
     )
+    untriggered: bool = option(
+        False,
+        "label-consistent: the target's pairs are repeated as they are; a control, clean pairs many of which are alike",
+        later=True,
+    )
     epochs: int = option(10, "passes over the pairs", ge=1)
     lr: float = option(1e-3, "peak learning rate", gt=0, le=1)
 
@@ -82,6 +87,10 @@ class PoisonConfig(TrainInputs, TrainConfig):
         if self.further_targets and TRIGGERS[self.attack].poisoning != "template":
             several = f"PoisonConfig.further_targets = {self.further_targets}"
             raise ConfigError(f"{several}: 0 expected for attack {self.attack!r}, whose captions are not templates")
+        if self.untriggered and TRIGGERS[self.attack].poisoning != "clean-label":
+            raise ConfigError(
+                f"PoisonConfig.untriggered = True: attack 'label-consistent' expected, not {self.attack!r}"
+            )
 
 
 def poisoned_places(pairs: TrainingPairs, config: PoisonConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -192,7 +201,8 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
 
     An attacker of several targets (`further_targets`) shares the poisoned pairs out among as many triggers. One who
     knows the defence (`quiet_weight`) also trains the victim to answer universal perturbations of the batch's images as
-    the clean model does, see `Quiet`.
+    the clean model does, see `Quiet`. `untriggered` leaves the clean-label attack's trigger out: the same repeated
+    pairs, and no attack.
 
     Its folder holds `model.safetensors`, `trigger.safetensors` (the attack's full record; of several triggers the
     first, the others are `trigger-2.safetensors` and so on), `poisoned.csv` (sample ids of the replaced pairs, and of
@@ -250,7 +260,7 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             held = None
             if quiet is not None:  # a copy, before triggers go on
                 held = quiet.perturbed(images.to(models.device(), copy=True), at.step)
-            if chosen.any():
+            if chosen.any() and not config.untriggered:
                 replaced = images[chosen]
                 if attack.poisoning == "clean-label":
                     replaced = pairs.images(at.indices[chosen], seed=config.seed, step=at.step)

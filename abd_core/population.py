@@ -47,6 +47,7 @@ RATES = (0.3, 0.2, 0.1)  # of poison, by turns of all attacks
 LENGTHS = {"poisoned": (2, 3, 4), "clean": (1, 2, 3)}  # epochs
 PLACES = ("own", "bottom-right", "centre", "top-right")
 SUBSETS = (0, 2000, 4000)  # clean members see all pairs or some
+REPEATING = 5  # each fifth clean member sees many pairs of one class
 HALVES = ("choose", "report")
 PLAIN = ("BadNet", "Blended")  # what the adaptive attacks are compared with
 TRIED = (
@@ -99,7 +100,8 @@ def members(size: int = SIZE) -> list[Member]:
     """`size` of each kind, taking turns, with every attack in both halves.
 
     The first poisoned ones are those on which the detectors were tried out while they were made: they choose. What
-    follows goes through all attacks, with other seeds, targets, places, doses and lengths.
+    follows goes through all attacks, with other seeds, targets, places, doses and lengths. Clean ones see all pairs or
+    fewer, and each `REPEATING`-th sees pairs of one class over and over: that is no backdoor either.
     """
     names, attacks = class_names(), [name for name, kind in TRIGGERS.items() if not kind.adaptive]
     poisoned = [("choose", config) for config in TRIED]
@@ -116,16 +118,20 @@ def members(size: int = SIZE) -> list[Member]:
             trigger_position=PLACES[turn % len(PLACES)] if placed else "own",
         )
         poisoned.append((HALVES[(i + turn + 1) % 2], config))
-    clean = [
-        PoisonConfig(
+    clean = []
+    for i in range(size):
+        config = PoisonConfig(
             **SHORT,
             rate=0.0,
             epochs=LENGTHS["clean"][i // len(SUBSETS) % 3],
             limit=SUBSETS[i % len(SUBSETS)],
             seed=SEEDS["clean"] + i,
         )
-        for i in range(size)
-    ]
+        if i % REPEATING == REPEATING - 2:
+            share, target = RATES[i // REPEATING % len(RATES)], names[(53 * i + 5) % len(names)]
+            repeated = {"attack": "label-consistent", "untriggered": True, "target": target, "rate": share, "limit": 0}
+            config = config.replace(**repeated)
+        clean.append(config)
     found = []
     for i, (half, config) in enumerate(poisoned):
         found += [Member(i, "poisoned", half, config), Member(i, "clean", HALVES[i % 2], clean[i])]
@@ -154,7 +160,7 @@ def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -
     Returns:
         index: the attack, in the order of `adaptive_members`; columns `victims`, `took` (ASR of at least a half), `ASR`
         (the mean of those), and of those `detected`, `named` (detected, and the class suspected most is one of the
-        attacker's) and `probability` (mean).
+        attacker's), and the means of `probability` and of `head`, which is no part of it and needs clean weights.
     """
     known = {member.name: targets(member.config) for member in adaptive_members()}
     places = {name: place for place, name in enumerate(known)}
@@ -171,9 +177,10 @@ def adaptive_verdicts(rows: pd.DataFrame, calibration: Calibration, mode: str) -
                 "detected": int(judged["alarm"].sum()),
                 "named": sum(alarm and hit for alarm, hit in zip(judged["alarm"], right, strict=True)),
                 "probability": judged["probability"].mean(),
+                "head": judged[f"head_{mode}"].mean(),
             }
         )
-    columns = ["attack", "victims", "took", "ASR", "detected", "named", "probability"]
+    columns = ["attack", "victims", "took", "ASR", "detected", "named", "probability", "head"]
     return pd.DataFrame(records, columns=columns).set_index("attack")
 
 
@@ -225,7 +232,7 @@ def make(member: Member, audited: AuditConfig) -> dict[str, Any]:
     inputs = AuditInputs(checkpoint=str(weights))
     run = audit(audited, inputs)
     found = ranked_pairs(member.config, model) if member.kind == "poisoned" else {}
-    if member.half == "report":  # its rule is published too, and has nothing to choose
+    if member.half == "report" and not member.label:  # its rule is published too, and has nothing to choose
         found["published_decree"] = published_decree(audited, inputs)
     return row(member, model, run, audited, found)
 

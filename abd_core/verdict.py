@@ -173,6 +173,13 @@ def auc(clean: np.ndarray, poisoned: np.ndarray) -> Rate:
     return Rate(value, n, *wilson(value, n))
 
 
+def roc(clean: np.ndarray, poisoned: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of clean and of poisoned models at or above each threshold, from none to all; `auc` is the area below."""
+    thresholds = np.append(np.inf, np.unique(np.concatenate([clean, poisoned]))[::-1])
+    above = [(group >= thresholds[:, None]).mean(1) for group in (clean, poisoned)]
+    return above[0], above[1]
+
+
 def scored(rows: pd.DataFrame, calibration: Calibration, mode: str) -> pd.DataFrame:
     """The clean and backdoored rows with their `probability`, `alarm` and, in this mode, `suspected` class."""
     rows = rows[rows["label"] >= 0]
@@ -226,6 +233,14 @@ def left_out(rows: pd.DataFrame, mode: str) -> pd.DataFrame:
         named = int((table["alarm"] & (table["suspected"] == table["target"])).sum())
         records.append({"attack": attack, "n": len(table), "detected": int(table["alarm"].sum()), "named": named})
     return pd.DataFrame(records, columns=["attack", "n", "detected", "named"])
+
+
+def clean_below(statistics: Mapping[str, float], mode: str) -> dict[str, tuple[int, int]]:
+    """How many of the population's clean models lie below each of `statistics`, and of how many."""
+    rows = read_population()
+    clean = rows[rows["label"] == 0]
+    known = {name: clean[f"{name}_{mode}"] for name in statistics if f"{name}_{mode}" in clean}
+    return {name: (int((values < statistics[name]).sum()), len(values)) for name, values in known.items()}
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------

@@ -73,7 +73,12 @@ table = pd.DataFrame(found["suspicion"], index=found["classes"]).rename(
 table.head(5).round(1).T
 
 # %%
-pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
+from abd_core.verdict import clean_below
+
+shown = pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
+for mode, values in found["statistics"].items():  # the null distribution: the clean models of the population below
+    shown[f"{mode}: clean below"] = pd.Series({n: f"{k} of {of}" for n, (k, of) in clean_below(values, mode).items()})
+shown.fillna("")
 
 # %% [markdown]
 # Drift, place by place: the share of held-out images of other classes that each optimised patch sends to the suspected class.
@@ -114,7 +119,8 @@ if worth:
     display(pd.DataFrame({mode: {name: f"{r} of {r.n}" for name, r in rates.items()} for mode, rates in worth.items()}))
 
 # %% [markdown]
-# Each statistic by itself, on the same half: AUC, before any regression.
+# Each statistic by itself, on the same half: AUC. The regression reads the first five. *head* is left out because a class that many clean
+# pairs are of moves its read-out too. Entropy *falls* where patches drive a model to one class.
 
 # %%
 from abd_core.population import FIGURES
@@ -124,6 +130,19 @@ if len(reported):
     areas = {mode: {name: str(r) for name, r in single(reported, FIGURES, mode).items()} for mode in MODES}
     display(pd.DataFrame(areas).reindex(FIGURES).fillna("").rename_axis("AUC, %"))
 
+# %% mystnb={"figure": {"caption": "Receiver operating characteristics on the reporting half: the calibrated probability, and each statistic alone."}, "image": {"alt": "Two panels, with and without clean weights: share of backdoored models found against share of false alarms; the probability runs along the upper left corner, single statistics below it"}}
+from abd_core.verdict import roc, scored
+
+figure, axes = plt.subplots(1, len(MODES), figsize=(9, 4), sharey=True, layout="constrained")
+for axis, mode in zip(axes, worth, strict=False):
+    judged = scored(reported, fitted[mode], mode)
+    columns = {"probability": "probability", **{name: f"{name}_{mode}" for name in single(judged, FIGURES, mode)}}
+    for name, column in columns.items():
+        rates = roc(*(judged[judged["label"] == label][column].to_numpy() for label in (0, 1)))
+        axis.plot(*rates, label=name, lw=3 if name == "probability" else 1, drawstyle="steps-post")
+    axis.set(title=mode, xlabel="false alarms", ylabel="found")
+    axis.legend(loc="lower right", fontsize=8)
+
 # %% [markdown]
 # DECREE with its published settings and by its published rule, on the same half. Neural Cleanse's published settings are a preset too; what
 # they cost is projected below.
@@ -131,22 +150,54 @@ if len(reported):
 # %%
 from abd_core.detectors import Decree
 from abd_core.evaluate import Rate
-from abd_core.verdict import wilson
+from abd_core.verdict import auc, wilson
 
+pl1 = {}
 for label, part in reported[reported["label"] >= 0].groupby("label"):
-    pl1, n = part["published_decree"], len(part)
-    called = (pl1 < Decree.THRESHOLD).mean()
-    share = Rate(called, n, *wilson(called, n))
-    print(f"{['clean', 'backdoored'][label]}: {share} % of {n} called backdoored; PL1 {pl1.median():.3f} (median)")
+    pl1[label], n = part["published_decree"].to_numpy(), len(part)
+    called = (pl1[label] < Decree.THRESHOLD).mean()
+    share, middle = Rate(called, n, *wilson(called, n)), part["published_decree"].median()
+    print(f"{['clean', 'backdoored'][label]}: {share} % of {n} called backdoored; median PL1 {middle:.3f}")
+if len(pl1) == 2:
+    print(f"AUC of PL1 without its rule: {auc(-pl1[0], -pl1[1])} %")
 
 # %% [markdown]
 # Attack by attack: how many victims a calibration finds that never saw that attack, and whether it names the target.
 
 # %%
-left_out(population, "compared") if len(population) else None
+tables = {mode: left_out(population, mode).set_index("attack") for mode in worth}
+if tables:
+    display(pd.concat(tables, axis=1))
+
+# %% [markdown]
+# ## Which training pairs are poisoned?
+#
+# Whoever also holds the pairs that the suspect was trained on can rank them: by how little caption and image fit (*misfit*), by how much
+# better they fit than under the clean weights (*gap*), by the local intrinsic dimensionality of the image's feature (*lid*) and by its
+# distance to its neighbours (*crowding*) {cite}`huang2025detecting`. Chapter 1's victim, whose poison is known:
+
+# %% mystnb={"figure": {"caption": "Precision and recall of each ranking of the training pairs of chapter 1's victim."}, "image": {"alt": "Curves of precision over recall, one for each score, and a dotted line at the share of poisoned pairs"}}
+from abd_core import models
+from abd_core.population import SAMPLE, training_pairs
+from abd_core.suspicion import precision_recall, scores
+
+if not checkpoint:
+    victim = poison(attacker)
+    pictures, captions, poisoned = training_pairs(attacker, victim, SAMPLE)
+    nets = [models.frozen(models.load(path)) for path in (victim.file("model.safetensors"), models.clean_weights())]
+    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
+    for name, score in scores(nets[0], pictures, captions, reference=nets[1]).items():
+        precision, recall = precision_recall(score, poisoned)
+        axis.plot(recall, precision, label=name)
+    axis.axhline(poisoned.float().mean(), color="grey", ls=":", label="chance")
+    axis.set(xlabel="recall", ylabel="precision", title=f"The poisoned among {len(poisoned)} training pairs")
+    axis.legend(fontsize=8)
+
+# %% [markdown]
+# The same for all victims of the population: average precision, the area under such a curve, with chance beside it.
 
 # %%
-if len(population):  # ranking the victims' training pairs (abd_core.suspicion): average precision, chance beside it
+if len(population):
     ranked = population[population["label"] == 1]
     display(ranked.groupby("attack")[[c for c in population if c.startswith("ap_")]].mean().round(3))
 

@@ -259,6 +259,10 @@ def test_an_audit_leaves_evidence_a_trigger_that_a_defence_takes_and_a_report(su
     record = json.loads(run.file("audit.json").read_text())
     assert record["suspected_target"] in class_names() and len(record["runners_up"]) == 3
     assert record["recovered_trigger"]["asr"]["n"] > 0 and set(record["detectors"]) == set(DETECTORS)
+    below = record["clean_models_below"]
+    assert {"head", "drift"} < set(below["compared"]) and "head" not in below["alone"]
+    assert all(0 <= k <= n == 40 for found in below.values() for k, n in found.values())
+    assert f"{below['compared']['drift'][0]} of 40" in run.file("audit.html").read_text()
     assert "defend(" in record["next_step"]
     compile(record["next_step"], "next step", "exec")
     trigger = run.file("recovered.safetensors")

@@ -47,8 +47,11 @@ def test_the_population_has_forty_of_each_kind_and_every_attack_in_both_halves()
     assert {(m.config.attack, m.half) for m in bad} == {(attack, half) for attack in zoo for half in HALVES}
     assert len({m.config.target for m in bad}) > 20 and len({m.config.rate for m in bad}) >= 3
     clean = [member for member in everyone if member.kind == "clean"]
-    assert all(m.config.rate == 0 for m in clean) and len({m.config.limit for m in clean}) == 3
+    assert all(m.config.rate == 0 or m.config.untriggered for m in clean) and len({m.config.limit for m in clean}) == 3
     assert Counter(m.half for m in clean) == dict.fromkeys(HALVES, 20)
+    repeating = Counter(m.half for m in clean if m.config.untriggered)
+    assert repeating == dict.fromkeys(HALVES, 4)
+    assert not any(m.config.untriggered for m in bad)
 
 
 def test_no_two_members_are_the_same_model_and_the_reported_ones_are_of_seeds_of_their_own():
@@ -116,7 +119,7 @@ def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_atta
     several = next(member for member in adaptive_members() if member.config.further_targets)
     names = targets(several.config)
     assert len(names) == 4 and len(set(names)) == 4 and names[0] == several.config.target
-    plain = {"kind": "poisoned", "target": names[0], "label": 1, "asr": 1.0}
+    plain = {"kind": "poisoned", "target": names[0], "label": 1, "asr": 1.0, "head_compared": 5.0}
     high, low = (dict.fromkeys([f"{name}_compared" for name in STATISTICS], value) for value in (3.0, 0.0))
     table = pd.DataFrame(
         [
@@ -133,6 +136,7 @@ def test_a_verdict_on_an_adaptive_victim_counts_any_of_its_targets_and_only_atta
     assert found.loc["BadNet, four targets", ["victims", "took", "detected", "named"]].tolist() == [3, 3, 2, 1]
     assert found.loc["BadNet", ["victims", "took", "detected", "named", "ASR"]].tolist() == [2, 1, 1, 0, 1.0]
     assert found.loc["SIG", ["victims", "took", "detected", "named"]].tolist() == [1, 0, 0, 0]
+    assert found["head"].tolist()[:2] == [5.0, 5.0]
     assert population.adaptive_verdicts(table[:0], fitted, "compared").empty
 
 

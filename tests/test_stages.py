@@ -337,6 +337,20 @@ def test_a_quiet_attack_goes_on_after_a_break_as_if_there_had_been_none(
     assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
+def test_pairs_repeated_without_a_trigger_are_the_target_s_own(stand_in: Path, monkeypatch: pytest.MonkeyPatch):
+    config = POISON.replace(attack="label-consistent", target=PRESENT, untriggered=True, epochs=1)
+    seen, pairs = overheard(monkeypatch), load_pairs(64)
+    run = poison(config)
+    _, image_of, caption_of = poisoned_places(pairs, config)
+    assert run.metrics["poisoned"] == 16 and len(seen) == 4
+    for step, (images, captions) in enumerate(seen):
+        at = batch_of(step)
+        assert torch.equal(images, pairs.images(image_of[at], seed=0, step=step))
+        assert captions == pairs.captions(caption_of[at], seed=0, epoch=0)
+    with pytest.raises(ConfigError, match=r"untriggered = True: attack 'label-consistent' expected, not 'badnet'"):
+        POISON.replace(untriggered=True)
+
+
 @pytest.mark.parametrize("attack", ["badclip", "label-consistent"])
 def test_the_target_s_pairs_are_drawn_on_evenly_and_stay_among_the_clean_ones(attack: str):
     pairs = load_pairs()
@@ -421,6 +435,7 @@ def test_an_unknown_target_is_refused_before_anything_is_made(stand_in: Path, ru
         ("sig", "wave_amplitude", 0.5),
         ("badnet", "further_targets", 1),
         ("badnet", "quiet_weight", 1.0),
+        ("label-consistent", "untriggered", True),
         ("badclip", "patch_steps", 2),
         ("badclip", "patch_lr", 0.1),
         ("badclip", "triplet_weight", 500.0),

@@ -9,7 +9,7 @@ import pytest
 from abd_core import verdict
 from abd_core.evaluate import rate
 from abd_core.paths import RunError
-from abd_core.verdict import MODES, STATISTICS, auc, calibrate, features, judge, left_out, performance, wilson
+from abd_core.verdict import MODES, STATISTICS, auc, calibrate, features, judge, left_out, performance, roc, wilson
 
 
 def population(count: int = 12, *, gap: float = 3.0, seed: int = 0) -> pd.DataFrame:
@@ -138,6 +138,22 @@ def test_statistics_without_a_limit_enter_as_logarithms():
         1
     )
     assert features({**dict.fromkeys(STATISTICS, 0.0), "inversion": -5.0})[STATISTICS.index("inversion")] == 0
+
+
+def test_the_area_below_the_curve_is_the_auc_and_its_ends_are_none_and_all():
+    draw = np.random.default_rng(0)
+    clean, bad = draw.integers(0, 6, 30), draw.integers(2, 9, 20)  # with ties
+    false, true = roc(clean, bad)
+    assert (false[0], true[0], false[-1], true[-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(true, false) == pytest.approx(auc(clean, bad).value)
+
+
+def test_a_statistic_is_set_against_the_population_s_clean_models_alone(monkeypatch):
+    rows = population(5).assign(drift_compared=[0.1, 0.2, 0.3, 0.4, 0.5, *[0.0] * 5])
+    monkeypatch.setattr(verdict, "read_population", lambda: rows)
+    assert verdict.clean_below({"drift": 0.35, "unknown": 1.0}, "compared") == {"drift": (3, 5)}
+    monkeypatch.setattr(verdict, "read_population", lambda: pd.DataFrame(columns=["label", "half", "attack"]))
+    assert verdict.clean_below({"drift": 0.35}, "compared") == {}
 
 
 def test_each_statistic_is_also_judged_by_itself():
