@@ -602,9 +602,9 @@ class Head(Detector):
 
     A CLIP answers a class by the direction of its captions' feature, seen through the image tower's last projection:
     both are weights, and together the weights of a zero-shot linear classifier on that tower's last hidden features. An
-    attacker who writes captions moves the target's. So does whoever trains on clean pairs of which many are of one
-    class, and an attacker can leave these weights as they are: it is a lead, not a proof, and no part of the
-    probability. Where a tower has no plain last projection, the classes' directions are compared alone.
+    attacker whose captions name the target on images of all kinds moves the target's. So may honest training, and an
+    attacker can leave these weights as they are: it is a lead, not a proof, and no part of the probability. Where a
+    tower has no plain last projection, the classes' directions are compared alone.
     """
 
     name = "head"

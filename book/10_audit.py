@@ -119,8 +119,28 @@ if worth:
     display(pd.DataFrame({mode: {name: f"{r} of {r.n}" for name, r in rates.items()} for mode, rates in worth.items()}))
 
 # %% [markdown]
-# Each statistic by itself, on the same half: AUC. The regression reads the first five. *head* is left out because a class that many clean
-# pairs are of moves its read-out too. Entropy *falls* where patches drive a model to one class.
+# Alarms by what the models are. A fifth of the clean ones saw five drawings of one class over and over, with their own captions and no
+# trigger. Where an attack did not take, the model has seen triggers and answers few or none: it counts as neither kind.
+
+# %%
+import numpy as np
+
+from abd_core.verdict import scored
+
+states = {"backdoored": 1, "attack did not take": -1}
+groups = np.select(
+    [*(population["label"] == label for label in states.values()), population.get("rate", 0) > 0],
+    [*states, "clean, one class repeated"],
+    "clean",
+)
+for mode in worth:
+    everyone = scored(population.assign(label=0), fitted[mode], mode)
+    alarms = everyone.groupby([groups, "half"])["alarm"].agg(lambda alarm: f"{alarm.sum()} of {len(alarm)}")
+    display(alarms.unstack().rename_axis(f"alarms ({mode})"))
+
+# %% [markdown]
+# Each statistic by itself, on the same half: AUC. The regression reads the first five. *head* is left out because an attacker can leave those
+# weights as they are, and honest training on new captions may move them. Entropy *falls* where patches drive a model to one class.
 
 # %%
 from abd_core.population import FIGURES
@@ -131,7 +151,7 @@ if len(reported):
     display(pd.DataFrame(areas).reindex(FIGURES).fillna("").rename_axis("AUC, %"))
 
 # %% mystnb={"figure": {"caption": "Receiver operating characteristics on the reporting half: the calibrated probability, and each statistic alone."}, "image": {"alt": "Two panels, with and without clean weights: share of backdoored models found against share of false alarms; the probability runs along the upper left corner, single statistics below it"}}
-from abd_core.verdict import roc, scored
+from abd_core.verdict import roc
 
 figure, axes = plt.subplots(1, len(MODES), figsize=(9, 4), sharey=True, layout="constrained")
 for axis, mode in zip(axes, worth, strict=False):
