@@ -371,7 +371,9 @@ print(next_step(inputs, run))
 #
 # **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target. BadCLIP's
 # patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that has
-# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. Of the attackers
-# above who know the audit, one passes for clean: it puts the trigger where no window looks, and trains the victim not to drift (one victim
-# so far). Either alone was found. It is also what ABD-D weakens least. A quiet audit is no proof of a clean model,
+# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. Clean
+# models that saw one class over and over raised no alarm. Of the attackers above who know the audit, one passes for clean: it puts the trigger
+# where no window looks, and trains the victim not to drift (one victim so far). Either alone was found. It is also what ABD-D weakens least.
+# Beside clean weights its head names the target, though that is no part of the probability: whoever knows it can train around it. Single
+# detectors, and DECREE by its published threshold, are far from the whole. A quiet audit is no proof of a clean model,
 # and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
