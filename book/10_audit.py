@@ -78,7 +78,7 @@ from abd_core.verdict import clean_below
 shown = pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
 for mode, values in found["statistics"].items():  # the null distribution: the clean models of the population below
     shown[f"{mode}: clean below"] = pd.Series({n: f"{k} of {of}" for n, (k, of) in clean_below(values, mode).items()})
-shown.fillna("")
+shown.astype(object).fillna("")
 
 # %% [markdown]
 # Drift, place by place: the share of held-out images of other classes that each optimised patch sends to the suspected class.
@@ -374,6 +374,7 @@ print(next_step(inputs, run))
 # never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. Clean
 # models that saw one class over and over raised no alarm. Of the attackers above who know the audit, one passes for clean: it puts the trigger
 # where no window looks, and trains the victim not to drift (one victim so far). Either alone was found. It is also what ABD-D weakens least.
-# Beside clean weights its head names the target, though that is no part of the probability: whoever knows it can train around it. Single
-# detectors, and DECREE by its published threshold, are far from the whole. A quiet audit is no proof of a clean model,
+# Beside clean weights its head names the target, though that is no part of the probability: whoever knows it can train around it. DECREE's
+# published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single one. A quiet audit is
+# no proof of a clean model,
 # and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
