@@ -153,15 +153,17 @@ if len(reported):
 # %% mystnb={"figure": {"caption": "Receiver operating characteristics on the reporting half: the calibrated probability, and each statistic alone."}, "image": {"alt": "Two panels, with and without clean weights: share of backdoored models found against share of false alarms; the probability runs along the upper left corner, single statistics below it"}}
 from abd_core.verdict import roc
 
+colours = {name: f"C{number}" for number, name in enumerate(("probability", *FIGURES))}
 figure, axes = plt.subplots(1, len(MODES), figsize=(9, 4), sharey=True, layout="constrained")
 for axis, mode in zip(axes, worth, strict=False):
     judged = scored(reported, fitted[mode], mode)
     columns = {"probability": "probability", **{name: f"{name}_{mode}" for name in single(judged, FIGURES, mode)}}
     for name, column in columns.items():
         rates = roc(*(judged[judged["label"] == label][column].to_numpy() for label in (0, 1)))
-        axis.plot(*rates, label=name, lw=3 if name == "probability" else 1, drawstyle="steps-post")
+        width = 3 if name == "probability" else 1
+        axis.plot(*rates, label=name, color=colours[name], lw=width, drawstyle="steps-post")
     axis.set(title=mode, xlabel="false alarms", ylabel="found")
-    axis.legend(loc="lower right", fontsize=8)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
 
 # %% [markdown]
 # DECREE with its published settings and by its published rule, on the same half. Neural Cleanse's published settings are a preset too; what
@@ -369,12 +371,12 @@ print(next_step(inputs, run))
 #
 # In the code: [`abd_core.audit`](api.md#abd_coreaudit), [`abd_core.suspicion`](api.md#abd_coresuspicion).
 #
-# **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target. BadCLIP's
-# patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that has
-# never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none does. Clean
-# models that saw one class over and over raised no alarm. Of the attackers above who know the audit, one passes for clean: it puts the trigger
-# where no window looks, and trains the victim not to drift (one victim so far). Either alone was found. It is also what ABD-D weakens least.
-# Beside clean weights its head names the target, though that is no part of the probability: whoever knows it can train around it. DECREE's
-# published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single one. A quiet audit is
-# no proof of a clean model,
-# and the probability is that of small CLIPs on small drawings: for another architecture it is a ranking, not a frequency.
+# **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target.
+# BadCLIP's patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that
+# has never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none
+# does. Clean models that saw one class over and over raised no alarm. Of the attackers above who know the audit, one passes for clean: it
+# puts the trigger where no window looks, and trains the victim not to drift (one victim so far). Either alone was found. It is also what
+# ABD-D weakens least. Beside clean weights its head names the target, though that is no part of the probability: whoever knows it can train
+# around it. DECREE's published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single
+# one. A quiet audit is no proof of a clean model, and the probability is that of small CLIPs on small drawings: for another architecture it
+# is a ranking, not a frequency.
