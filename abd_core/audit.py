@@ -190,7 +190,7 @@ def baseline(config: AuditConfig, reference: Path, images: torch.Tensor, names: 
     inputs = {"reference": sha256(reference), **_digests(images, names), "detectors": settings(config.preset)}
 
     def make(folder: Path) -> Mapping[str, Any]:
-        observed = _observe(reference, images, names)
+        observed = observed_of(reference, images, names)
         for detector in detectors(config.preset).values():
             if detector.compares:
                 _measured(detector, observed, folder / f"{detector.name}.safetensors", seed=config.seed)
@@ -204,7 +204,8 @@ def _digests(images: torch.Tensor, names: Sequence[str]) -> dict[str, str]:
     return {"images": digest(derive_seed(pixels)), "classes": digest(list(names))}
 
 
-def _observe(weights: Path, images: torch.Tensor, names: Sequence[str]) -> Observed:
+def observed_of(weights: Path, images: torch.Tensor, names: Sequence[str]) -> Observed:
+    """What the detectors look at: the model at `weights`, on `images` and class `names` as `looked_at` gives them."""
     return observe(models.load(weights), images.to(models.device()), names, TEMPLATES)
 
 
@@ -234,7 +235,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
 
     def make(folder: Path) -> Mapping[str, Any]:
         compared = baseline(config, reference, images, names) if reference is not None else None
-        observed = _observe(suspect, images, names)
+        observed = observed_of(suspect, images, names)
         used = detectors(config.preset)
         statistics: dict[str, dict[str, float]] = {}
         suspected, seconds = {}, {}
@@ -357,7 +358,8 @@ def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps
 def verdict_of(run: Run) -> Verdict:
     """What the committed calibration says of an audit's statistics, and what it rests on."""
     mode = "compared" if "compared" in run.metrics["statistics"] else "alone"
-    return judge(run.metrics["statistics"][mode], mode=mode, works=run.metrics["works"])
+    preset = read_json(run.file("config.json"))["config"]["preset"]
+    return judge(run.metrics["statistics"][mode], mode=mode, preset=preset, works=run.metrics["works"])
 
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
@@ -405,7 +407,10 @@ def record(run: Run, inputs: AuditInputs, config: AuditConfig) -> dict[str, Any]
         "suspected_target": metrics["classes"][0],
         "runners_up": metrics["classes"][1:4],
         "statistics": metrics["statistics"],
-        "clean_models_below": {mode: clean_below(values, mode) for mode, values in metrics["statistics"].items()},
+        "clean_models_below": {
+            mode: clean_below(values, mode) if config.preset == "ours" else {}  # the population's settings
+            for mode, values in metrics["statistics"].items()
+        },
         "detectors": rests_on,
         "recovered_trigger": {**metrics["recovered"], "file": "recovered.safetensors"},
         "inputs": {**inputs.to_dict(), "digests": read_json(run.file("config.json"))["inputs"]},

@@ -27,10 +27,10 @@ import pandas as pd
 import torch
 
 from abd_core import models, suspicion
-from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, settings
+from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, observed_of, settings
 from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
-from abd_core.detectors import Decree, observe
+from abd_core.detectors import Decree
 from abd_core.grid import GRIDS, Cell, use_cores
 from abd_core.paths import Run, atomic, read_json, sha256, shown
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
@@ -239,8 +239,7 @@ def make(member: Member, audited: AuditConfig) -> dict[str, Any]:
 
 def published_decree(audited: AuditConfig, inputs: AuditInputs) -> float:
     """DECREE's PL1 with its published settings, on what the audit looks at."""
-    images, names = looked_at(audited, inputs)
-    observed = observe(models.load(Path(inputs.checkpoint)), images.to(models.device()), names, TEMPLATES)
+    observed = observed_of(Path(inputs.checkpoint), *looked_at(audited, inputs))
     return Decree(**Decree.published).measure(observed, seed=audited.seed).numbers["pl1"]
 
 

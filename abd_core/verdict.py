@@ -273,22 +273,32 @@ class Verdict:
 
 
 def judge(
-    statistics: Mapping[str, float], *, mode: str, works: bool = True, calibration: Calibration | None = None
+    statistics: Mapping[str, float],
+    *,
+    mode: str,
+    preset: str = "ours",
+    works: bool = True,
+    calibration: Calibration | None = None,
 ) -> Verdict:
     """The verdict on one model's statistics.
 
     Args:
         mode: "compared" or "alone", as the statistics were taken.
+        preset: `AuditConfig.preset` that they were taken with; the population tells nothing of any but "ours".
         works: False for a model that gives most clean images to one class: its answers carry no evidence either way.
         calibration: default: the committed population's.
     """
-    calibration = calibration or committed(mode)
+    if preset == "ours":
+        calibration = calibration or committed(mode)
     if not works:
         return Verdict(False, None, None, "The model gives most clean images to one class: there is nothing to audit.")
     if calibration is None:
         drawn = max(statistics["drift"], statistics["response"])
+        reason = f"fewer than {LEAST} clean or poisoned models in audit.csv"
+        if preset != "ours":
+            reason = "settings other than the population's"
         basis = (
-            f"No calibration (fewer than {LEAST} clean or poisoned models in audit.csv), a plain rule: perturbations "
+            f"No calibration ({reason}), a plain rule: perturbations "
             f"that aim at no class send at most {drawn:.0%} of the images of other classes to one class"
             f"{' beyond what they do on the clean weights' if mode == 'compared' else ''}; alarm from {MOST:.0%} on."
         )

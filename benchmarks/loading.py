@@ -3,9 +3,8 @@
     python benchmarks/loading.py
 
 A ratio is the share of the bare rate of as many processes as there are workers, all at work at the same time, by the
-clock ("speed") or by the CPU's time ("CPU time": that of the workers and of the process that they read for): the median
-of the shares of each turn, in which all variants run one after the other. More workers than free cores reach no such
-share by the clock. Both are taken once the workers are under way; what it takes
+clock ("speed") or by the CPU's time ("CPU time": that of the workers and of the process that they read for). More
+workers than free cores reach no such share by the clock. Both are taken once the workers are under way; what it takes
 to start one and to end it is a figure of its own. The images are smooth noise of 500 x 375 px, about as many bytes as
 CC3M's.
 """
@@ -33,7 +32,7 @@ from PIL import Image
 from abd_core.formats import Images, decode, in_batches, loader, read_index, unwrapped
 
 SIZE, RESOLUTION, BATCH = (500, 375), 224, 32
-COUNT, PASSES, REPEATS = 1024, 2, 9
+COUNT, PASSES, REPEATS = 1024, 3, 3
 BARE = "decode and resize alone"
 CASE = f"JPEG, {SIZE[0]}x{SIZE[1]} px to {RESOLUTION} px"
 
@@ -137,17 +136,15 @@ def main() -> None:
             for count in counts:
                 variants[f"{kind}, {count} workers"] = count, lambda t=table, n=count: rates(t, n)  # type: ignore[misc]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-        for _ in range(REPEATS):
+        for _ in range(REPEATS):  # all take turns, so that a slow moment of the machine meets all alike
             for name, (_, call) in variants.items():
                 found[name].append(call())
     for metric, unit in (("speed", "images/s"), ("CPU time", "images/CPU-s"), ("start", "CPU-s a worker")):
-        values = {name: [run[metric] for run in runs] for name, runs in found.items() if metric in runs[0]}
-        alone = {count: values.get(name) for name, (count, _) in variants.items() if name.startswith(BARE)}
-        for name, taken in values.items():
-            reference, ratio = alone[max(1, variants[name][0])], None
-            if reference:
-                ratio = statistics.median(one / other for one, other in zip(taken, reference, strict=True))
-            report.note(CASE, name, metric, unit, statistics.median(taken), ratio=ratio, n=REPEATS)
+        median = {n: statistics.median(f[metric] for f in runs) for n, runs in found.items() if metric in runs[0]}
+        alone = {count: median.get(name) for name, (count, _) in variants.items() if name.startswith(BARE)}
+        for name, value in median.items():
+            reference = alone[max(1, variants[name][0])]
+            report.note(CASE, name, metric, unit, value, ratio=reference and value / reference, n=REPEATS)
     report.note(CASE, BARE, "bytes of an image", "kB", sum(map(len, files)) / COUNT / 1000)
     report.write()
 

@@ -73,11 +73,11 @@ table = pd.DataFrame(found["suspicion"], index=found["classes"]).rename(
 table.head(5).round(1).T
 
 # %%
-from abd_core.verdict import clean_below
+from abd_core.paths import read_json
 
 shown = pd.DataFrame(found["statistics"]).round(3).rename_axis("statistic")
-for mode, values in found["statistics"].items():  # the null distribution: the clean models of the population below
-    shown[f"{mode}: clean below"] = pd.Series({n: f"{k} of {of}" for n, (k, of) in clean_below(values, mode).items()})
+for mode, below in read_json(run.file("audit.json"))["clean_models_below"].items():  # the population's, further down
+    shown[f"{mode}: clean below"] = pd.Series({n: f"{k} of {of}" for n, (k, of) in below.items()}, dtype=object)
 shown.astype(object).fillna("")
 
 # %% [markdown]
@@ -301,9 +301,9 @@ for name in ("AUC", "detected", "false alarms", "target named"):
 # %% [markdown]
 # ## What an audit costs
 #
-# Seconds of the population's audits, some of which ran beside other work or were paused for it, and what `benchmarks/audit.py` has measured.
-# An RN50 with 1,000 classes is projected where it has not been measured: the images that an audit puts through the encoder, over the images a second of a training step, which costs more than most
-# of these passes. The published settings of Neural Cleanse and DECREE are projected from a few of their steps.
+# Seconds of the population's audits, one thread each and two at a time, and what `benchmarks/audit.py` has measured. An RN50 with 1,000
+# classes is projected where it has not been measured: the images that an audit puts through the encoder, over the images a second of a
+# training step, which costs more than most of these passes. The published settings of Neural Cleanse and DECREE are projected from a few of their steps.
 
 # %%
 from abd_core.results import BenchmarksConfig, read_benchmarks

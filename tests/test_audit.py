@@ -242,6 +242,8 @@ def test_an_audit_with_published_settings_runs_from_end_to_end_but_for_their_len
     inverted, _ = load_finding(run.file("inversion.safetensors"))
     assert inverted.numbers["classes"] == list(range(len(class_names())))  # all of them, not only the suspected ones
     assert {"inversion", "decree"} <= set(run.metrics["statistics"]["alone"])
+    assert verdict_of(run).probability is None  # nor is it set against the population, which had our settings
+    assert json.loads(run.file("audit.json").read_text())["clean_models_below"] == {"alone": {}}
 
 
 # --- the stage ------------------------------------------------------------------------------------------------

@@ -116,6 +116,11 @@ def test_a_verdict_says_what_it_rests_on_or_that_there_is_none(monkeypatch):
     assert judge({**row(0.2), "response": 0.6}, mode="alone").alarm
 
 
+def test_statistics_of_other_settings_than_the_population_s_get_no_probability():
+    found = judge({**row(4.0), "response": 0.0}, mode="compared", preset="published")
+    assert found.alarm and found.probability is None and "other than the population's" in found.basis
+
+
 def test_too_few_models_make_no_calibration():
     rows = population(10)
     assert calibrate(rows[(rows["label"] == 0) | (rows.index < 12)], "compared") is None
