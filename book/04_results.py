@@ -37,7 +37,8 @@ grid = everything[everything["split"] == config.split]
 # ## What has been measured
 #
 # The attacks of the paper's Table I come first. Variants and parts of ABD, and what its controls say of it, are the matter
-# of the [next chapter](05_ablations). *ABD-D* is this project's own variant of ABD, see below.
+# of the [next chapter](05_ablations). *ABD-D* is this project's own variant of ABD, see below. Attackers who know ABD and ABD-D stand in
+# [chapter 10](10_audit), with what each defence leaves of them.
 
 # %%
 import pandas as pd
@@ -45,12 +46,14 @@ from IPython.display import Markdown, display
 
 from abd_core import plots
 from abd_core.defences import DEFENCES
+from abd_core.grid import GRIDS
 from abd_core.paths import data_dir
 from abd_core.poison import ASR_AIM, PoisonConfig
 from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, means, spoken
 
 plots.style()
 OURS, HONEST = "ABD", ["clean weights", "WiSE-FT"]
+grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]
 attacks = list(grid["attack"].unique())
 in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
 beyond = [name for name in attacks if name not in in_paper and ", " not in name]
