@@ -53,7 +53,7 @@ from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front
 
 plots.style()
 OURS, HONEST = "ABD", ["clean weights", "WiSE-FT"]
-grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]
+grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]  # those are chapter 10's
 attacks = list(grid["attack"].unique())
 in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
 beyond = [name for name in attacks if name not in in_paper and ", " not in name]

@@ -42,7 +42,7 @@ from abd_core.results import CONTROLS, VICTIM, claims, differences, findings, me
 
 plots.style()
 OURS = "ABD"
-grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]
+grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]  # those are chapter 10's
 attacks = list(grid["attack"].unique())
 in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
 

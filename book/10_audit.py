@@ -374,11 +374,14 @@ print(next_step(inputs, run))
 # **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target.
 # BadCLIP's patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that
 # has never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none
-# does. Clean models that saw one class over and over raised no alarm. Of the attackers above who know the audit, one passes for clean at
-# every seed: it puts the trigger where no window looks, and trains the victim not to drift. Either alone was found. Without clean weights a
-# spread trigger can pass too, and where it or the frame is found, the target is seldom the class that is named. A quiet victim is also what
-# ABD-D does worst on: it looks for what this attacker has trained away, what it leaves differs widely from seed to seed, and fine-tuning
-# alone leaves less on average. Beside clean weights the head names the target of the one that passes, though that is no part of the
-# probability: whoever knows it can train around it. DECREE's published threshold calls every small CLIP here backdoored, clean or not; its
-# figure, put in order, is the best single one. A quiet audit is no proof of a clean model, and the probability is that of small CLIPs on
-# small drawings: for another architecture it is a ranking, not a frequency.
+# does. Clean models that saw one class over and over raised no alarm.
+#
+# Of the attackers above who know the audit, one passes for clean at every seed: it puts the trigger where no window looks, and trains the
+# victim not to drift. Either alone was found. Beside clean weights the head still names its target, though that is no part of the
+# probability: whoever knows it can train around it. Without clean weights a spread trigger can pass too, and where it or the frame is found,
+# the target is seldom the class that is named. Victims trained not to drift are also what ABD-D does worst on, as it looks for what they were
+# trained against: what it leaves differs widely from seed to seed, and fine-tuning alone leaves less on average.
+#
+# DECREE's published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single one. An
+# audit that finds nothing is no proof of a clean model, and the probability is that of small CLIPs on small drawings: for another
+# architecture it is a ranking, not a frequency.
