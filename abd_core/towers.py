@@ -117,6 +117,7 @@ class ThinBatchNorm(nn.BatchNorm2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fits = (
             not torch.jit.is_tracing()  # what is traced may be read where nothing of this is known
+            and not torch.compiler.is_compiling()  # a compiler fuses BatchNorm with its neighbours
             and not x.is_cuda
             and self.weight.dtype.itemsize >= 4
             and x.is_contiguous(memory_format=torch.channels_last)

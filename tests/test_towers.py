@@ -180,3 +180,15 @@ def test_a_trace_of_the_image_encoder_gives_its_features() -> None:
     images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
     traced = torch.jit.trace(visual, images, check_trace=False)
     torch.testing.assert_close(traced(images), visual(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_image_encoder_has_the_same_features_and_running_statistics_in_half_precision() -> None:
+    model, compiled = models.build(seed=0).train(), models.build(seed=0).train()
+    compiled.visual.compile(backend="aot_eager")  # the whole of torch.compile but for its code generator
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(
+            models.encode_image(compiled, images), models.encode_image(model, images), rtol=0.05, atol=0.01
+        )
+    for ours, theirs in zip(compiled.visual.buffers(), model.visual.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.01)
