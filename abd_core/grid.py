@@ -34,7 +34,7 @@ from abd_core.config import AbdError, Config, ConfigError, digest, unknown
 from abd_core.defend import DefendConfig, defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.notebook import given_parameters, stage_configs, stage_parameters
-from abd_core.paths import atomic, data_dir, read_json, regular, root, runs_dir, sha256, shown, write_json
+from abd_core.paths import atomic, data_dir, read_json, regular, root, runs_dir, sha256, shown, versions, write_json
 from abd_core.poison import PoisonConfig, poison
 from abd_core.results import COLUMNS, CONTROLS, VICTIM
 from abd_core.train import progress
@@ -354,11 +354,10 @@ def rows(cell: Cell, job: Job, published: Mapping[tuple[str, str, str], float]) 
     """The table's rows of a cell whose job has a record; values are shares in [0, 1], None where there is none."""
     record = read_json(job.record)
     made = record["environment"]
-    threads = f"{made['threads']} thread" + ("" if made["threads"] == 1 else "s")
     origin = {
         "seconds": record["seconds"],
         "device": made["device"],
-        "versions": ", ".join([*(f"{name} {made[name]}" for name in ("python", "torch", "open_clip")), threads]),
+        "versions": versions(made),
         "git_sha": made["git_sha"],
         "run_id": job.key,
     }

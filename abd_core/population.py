@@ -32,7 +32,7 @@ from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.detectors import Decree
 from abd_core.grid import GRIDS, Cell, use_cores
-from abd_core.paths import Run, atomic, read_json, sha256, shown
+from abd_core.paths import Run, atomic, read_json, sha256, shown, versions
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
 from abd_core.text import TEMPLATES
@@ -247,7 +247,6 @@ def row(member: Member, model: Run, run: Run, audited: AuditConfig, found: Mappi
     """What stands in the table of a member, from its training run, its audit and what was found beside that."""
     config, metrics = member.config, run.metrics
     environment = read_json(run.file("config.json"))["environment"]
-    threads = f"{environment['threads']} thread" + ("" if environment["threads"] == 1 else "s")
     bad = member.kind == "poisoned"
     ranks = {name: rank for rank, name in enumerate(metrics["classes"], 1)}
     figures = {f"{name}_{mode}": metrics["statistics"][mode].get(name, "") for mode in MODES for name in FIGURES}
@@ -272,7 +271,7 @@ def row(member: Member, model: Run, run: Run, audited: AuditConfig, found: Mappi
         "train_seconds": model.metrics["seconds"],
         "audit_seconds": metrics["measuring_seconds"],
         "device": environment["device"],
-        "versions": ", ".join([*(f"{n} {environment[n]}" for n in ("python", "torch", "open_clip")), threads]),
+        "versions": versions(environment),
         "git_sha": environment["git_sha"],
         "run_id": member.key(audited),
     }

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from abd_core.models import device
-from abd_core.paths import atomic, environment
+from abd_core.paths import atomic, environment, versions
 
 TABLE = Path(__file__).parent / "results.csv"
 COLUMNS = ("benchmark", "device", "case", "variant", "metric", "value", "unit", "ratio", "n", "versions", "git_sha")
@@ -85,11 +85,10 @@ class Report:
 
     def __init__(self, benchmark: str) -> None:
         made = environment()
-        named = ", ".join(f"{name} {made[name]}" for name in ("python", "torch", "open_clip"))
         self.origin = {
             "benchmark": benchmark,
             "device": made["device"],
-            "versions": f"{named}, {made['threads']} threads",
+            "versions": versions(made),
             "git_sha": made["git_sha"],
         }
         self.rows: list[dict[str, object]] = []
