@@ -3,10 +3,10 @@
     python benchmarks/loading.py
 
 A ratio is the share of the bare rate of as many processes as there are workers, all at work at the same time, by the
-clock ("speed") or by the CPU's time ("CPU time": that of the workers and of the process that they read for). More
-workers than free cores reach no such share by the clock. Both are taken once the workers are under way; what it takes
-to start one and to end it is a figure of its own. The images are smooth noise of 500 x 375 px, about as many bytes as
-CC3M's.
+clock ("speed") or by the CPU's time ("CPU time": that of the workers and of the process that they read for). It is
+taken turn by turn, and its median reported, as the median of each figure is. More workers than free cores reach no
+such share by the clock. Both are taken once the workers are under way; what it takes to start one and to end it is a
+figure of its own. The images are smooth noise of 500 x 375 px, about as many bytes as CC3M's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from PIL import Image
 from abd_core.formats import Images, decode, in_batches, loader, read_index, unwrapped
 
 SIZE, RESOLUTION, BATCH = (500, 375), 224, 32
-COUNT, PASSES, REPEATS = 1024, 3, 3
+COUNT, PASSES, REPEATS = 1024, 3, 9
 BARE = "decode and resize alone"
 CASE = f"JPEG, {SIZE[0]}x{SIZE[1]} px to {RESOLUTION} px"
 
@@ -139,12 +139,15 @@ def main() -> None:
         for _ in range(REPEATS):  # all take turns, so that a slow moment of the machine meets all alike
             for name, (_, call) in variants.items():
                 found[name].append(call())
+    alone = {count: found[name] for name, (count, _) in variants.items() if name.startswith(BARE)}
     for metric, unit in (("speed", "images/s"), ("CPU time", "images/CPU-s"), ("start", "CPU-s a worker")):
-        median = {n: statistics.median(f[metric] for f in runs) for n, runs in found.items() if metric in runs[0]}
-        alone = {count: median.get(name) for name, (count, _) in variants.items() if name.startswith(BARE)}
-        for name, value in median.items():
-            reference = alone[max(1, variants[name][0])]
-            report.note(CASE, name, metric, unit, value, ratio=reference and value / reference, n=REPEATS)
+        for name, (count, _) in variants.items():
+            own = [turn[metric] for turn in found[name] if metric in turn]
+            against = [turn[metric] for turn in alone[max(1, count)] if metric in turn]
+            if own:
+                shares = [value / other for value, other in zip(own, against, strict=False)]
+                share = statistics.median(shares) if shares else None
+                report.note(CASE, name, metric, unit, statistics.median(own), ratio=share, n=REPEATS)
     report.note(CASE, BARE, "bytes of an image", "kB", sum(map(len, files)) / COUNT / 1000)
     report.write()
 

@@ -161,9 +161,10 @@ preflight(
 #
 # From the steps that `make bench` has timed on a GPU: `RN50-quickgelu` at 224 px in the paper's numbers of pairs, with the
 # images read and decoded from tars where that was timed. The paper reports about 8 A100-hours for an attack and 14 for the
-# defence. Evaluation and the one pass that checks all images come on top. The adversary's rows, where there are some, are
-# of its generator's step at the batch of the column `case`; the paper's is 16, at which a GPU does fewer images a second,
-# and the discriminator's step comes on top: its preflight times both.
+# defence. Evaluation and the one pass that checks all images come on top. The adversary's rows are of its generator's step
+# at the batch of the column `case`; the paper's is 16, at which a GPU does fewer images a second, and the discriminator's
+# step comes on top: its preflight times both. *plain AdvCLIP* is not what this package runs: it is AdvCLIP's own arrangement,
+# in float32 and with the patch pasted on the CPU, an upper bound.
 
 # %%
 import pandas as pd
@@ -185,7 +186,7 @@ seen = {
     "adversary": searcher.steps * searcher.batch_size,
     "defend": round(defender.share * defender.limit) * defender.epochs,
 }
-timed_as = {"poison": ["ft from tars", "ft"], "adversary": ["abd_core"], "defend": ["abd from tars", "abd"]}
+timed_as = {"poison": ["ft from tars", "ft"], "adversary": ["abd_core", "plain AdvCLIP"], "defend": ["abd from tars", "abd"]}
 large = measured["benchmark"].isin(["training step", "adversary step"]) & measured["case"].str.startswith("RN50")
 rows = []
 for (device, case), part in measured[large].groupby(["device", "case"], sort=False):
