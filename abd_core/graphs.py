@@ -1,7 +1,7 @@
 """CUDA graphs of a model's encoders: one launch in the place of the thousands that keep a fast GPU waiting for the CPU.
 
-What is recorded are the same kernels with the same inputs, so that results stay what they were. On a CPU, no graph is
-recorded. There it can pay to have the image encoder compiled, which fuses its kernels: `compiled`.
+What is recorded are the same kernels with the same inputs, so that results stay what they were. On a CPU, nothing here
+does anything.
 """
 
 from __future__ import annotations
@@ -173,34 +173,3 @@ def recorded(model: open_clip.CLIP, *, on: bool = True) -> Iterator[None]:
         yield
     finally:
         del model.visual.forward, model.encode_text
-
-
-@contextmanager
-def compiled(model: open_clip.CLIP, *, on: bool = True) -> Iterator[None]:
-    """Inside, calls of a CLIP's image encoder that are to get a gradient run as `torch.compile` makes them.
-
-    The first one takes a minute on two cores, and seconds where torch has kept what it made. Features differ from the
-    plain ones by rounding. Where nothing can be compiled, a warning says so and the encoder runs as it is.
-    """
-    if not on:
-        yield
-        return
-    plain = model.visual.forward
-    made: Callable[[torch.Tensor], torch.Tensor] = torch.compile(plain)
-
-    def forward(images: torch.Tensor) -> torch.Tensor:
-        nonlocal made
-        if made is plain or not torch.is_grad_enabled():
-            return plain(images)
-        try:
-            return made(images)
-        except RuntimeError as error:  # no compiler, or one that fails
-            made, reason = plain, " ".join(str(error).split())[:200]
-            warnings.warn(f"the image encoder is not compiled and runs as it is: {reason}", stacklevel=2)
-            return plain(images)
-
-    model.visual.forward = forward
-    try:
-        yield
-    finally:
-        del model.visual.forward

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from abd_core import escape, ranks
-from abd_core.config import AbdError, Config, ConfigError, digest
+from abd_core.config import AbdError, Config, digest
 
 # Settings that cost memory, in the order in which to lower them.
 MEMORY_KNOBS = ("micro_batch", "batch_size", "width", "bank")
@@ -146,7 +146,7 @@ def sha256(path: Path) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on besides its config: versions, device, threads, compiled or not, git revision."""
+    """What a result depends on besides its config: versions, device, threads, git revision."""
     import open_clip
 
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -160,28 +160,14 @@ def environment() -> dict[str, Any]:
         "open_clip": open_clip.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "compiled": compiling(),
         "git_sha": sha and sha + ("+changes" if changed.stdout.strip() else ""),
     }
 
 
 def versions(environment: Mapping[str, Any]) -> str:
     """What `environment` said, but for device and revision, as one cell of a table."""
-    parts = [f"{name} {environment[name]}" for name in ("python", "torch", "open_clip")]
-    parts.append(f"{environment['threads']} thread" + ("" if environment["threads"] == 1 else "s"))
-    return ", ".join([*parts, *(["compiled"] if environment.get("compiled") else [])])
-
-
-def compiling() -> bool:
-    """Whether training is to compile the image encoder (`graphs.compiled`): `ABD_COMPILE`, not set means no.
-
-    Raises:
-        ConfigError: it is neither 0 nor 1.
-    """
-    given = os.environ.get("ABD_COMPILE", "") or "0"
-    if given not in ("0", "1"):
-        raise ConfigError(f"ABD_COMPILE = {given!r}: 0 or 1 expected")
-    return given == "1"
+    threads = f"{environment['threads']} thread" + ("" if environment["threads"] == 1 else "s")
+    return ", ".join([*(f"{name} {environment[name]}" for name in ("python", "torch", "open_clip")), threads])
 
 
 def _cpu_name() -> str:

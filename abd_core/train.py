@@ -25,7 +25,7 @@ from tqdm import tqdm
 from abd_core import graphs, ranks
 from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
-from abd_core.paths import RunError, atomic, compiling, regular
+from abd_core.paths import RunError, atomic, regular
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
 COLLAPSED = 1e-5  # unit features that differ by less are one and the same
@@ -258,8 +258,7 @@ def fit(
         closing(features),
         progress(stage=stage, total=total, initial=start) as bar,
         ranks.synchronised(model, on=config.sync_batch_norm),
-        graphs.recorded(model, on=ranks.world() == 1 and not config.micro_batch and not compiling()),
-        graphs.compiled(model, on=compiling() and not config.micro_batch),
+        graphs.recorded(model, on=ranks.world() == 1 and not config.micro_batch),
     ):
         for step in range(start, total):
             epoch, position = divmod(step, steps)

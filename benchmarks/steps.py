@@ -29,7 +29,7 @@ from measure import ON, Report, product_rate
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from abd_core import graphs, models, towers, train
+from abd_core import graphs, models, towers
 from abd_core.data import Pairs, TrainingPairs, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.formats import load_image_pairs
@@ -164,12 +164,13 @@ def loop(
             setattr(module, name, other)
 
     with ExitStack() as stack:
-        if not recorded:
+        if not recorded or compiled:
             instead(graphs, WARM=10**9)
         if not trimmed:
             instead(towers, trim=lambda model: None, encode_text=lambda model, tokens: model.encode_text(tokens))
-        instead(train, compiling=lambda: compiled)
         model = models.build(NAME)
+        if compiled:
+            model.visual.compile()
         folder = stack.enter_context(TemporaryDirectory())
         defence_of(name, timed, patch).defend(model, Path(folder))
     return clock.read(timed.step, recorded=recorded)

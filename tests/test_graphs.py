@@ -1,13 +1,8 @@
-"""CUDA graphs of the encoders: on a GPU, training with them is training without; the bookkeeping, on a CPU too.
-
-And compiled encoders, which train as the plain ones do.
-"""
+"""CUDA graphs of the encoders: on a GPU, training with them is training without; the bookkeeping, on a CPU too."""
 
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from abd_core import graphs, models, towers
 from abd_core.defences import freeze_batch_norm
-from abd_core.graphs import WARM, Encoder, compiled, recorded
+from abd_core.graphs import WARM, Encoder, recorded
 from abd_core.losses import clip_loss
 from abd_core.train import Step, TrainConfig, TrainingError, fit
 
@@ -233,75 +228,6 @@ def test_on_a_cpu_nothing_is_recorded_and_afterwards_a_model_is_as_it_was(stand_
     with recorded(model):
         assert isinstance(model.visual.__dict__.get("forward"), Encoder) == (DEVICE == "cuda")
     assert "forward" not in model.visual.__dict__ and "encode_text" not in model.__dict__
-
-
-# --- compiled encoders ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def without_generated_code(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """`torch.compile` traces and differentiates as ever, but generates no code, which takes a minute; its calls."""
-    compile, calls = torch.compile, list[torch.Size]()
-
-    def quickly(method: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-        made = compile(method, backend="aot_eager")
-
-        def call(images: torch.Tensor) -> torch.Tensor:
-            calls.append(images.shape)
-            return made(images)
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", quickly)
-    return calls
-
-
-def test_training_with_a_compiled_encoder_is_training_without(
-    stand_in: Path, fp32, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_generated_code: list[torch.Size]
-):
-    plain, history = fitted(tmp_path / "plain", on=False, monkeypatch=monkeypatch)
-    assert not without_generated_code
-    monkeypatch.setenv("ABD_COMPILE", "1")
-    weights, again = fitted(tmp_path / "compiled", on=False, monkeypatch=monkeypatch)
-    assert len(without_generated_code) == 12  # steps
-    assert_close(plain, weights, atol=2e-2)  # Adam makes steps of its own size of gradients that are but rounding
-    torch.testing.assert_close(torch.tensor(again["loss"]), torch.tensor(history["loss"]), rtol=1e-3, atol=1e-3)
-
-
-def test_an_encoder_without_gradients_is_not_compiled_and_afterwards_a_model_is_as_it_was(
-    stand_in: Path, without_generated_code: list[torch.Size]
-):
-    model = models.build(ARCHITECTURE)
-    with compiled(model), torch.no_grad():
-        models.encode_image(model, batch(0)[0])
-    assert not without_generated_code and "forward" not in model.visual.__dict__
-
-
-def test_what_cannot_be_compiled_runs_as_it_is_and_one_warning_says_so(
-    stand_in: Path, fp32, monkeypatch: pytest.MonkeyPatch
-):
-    def no_compiler(*_: object) -> None:
-        raise RuntimeError("no C++\ncompiler")
-
-    monkeypatch.setattr(torch, "compile", lambda method: no_compiler)
-    model, other = (models.build(ARCHITECTURE, seed=0) for _ in range(2))
-    with (
-        compiled(model),
-        pytest.warns(UserWarning, match=r"is not compiled and runs as it is: no C\+\+ compiler$") as said,
-    ):
-        losses = trained(model, 3)
-    assert len(said) == 1 and losses == trained(other, 3)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
-def test_generated_code_trains_as_the_plain_encoder_does(stand_in: Path, fp32):
-    model, other = (models.build(ARCHITECTURE, seed=0) for _ in range(2))
-    with compiled(model), warnings.catch_warnings():
-        warnings.filterwarnings("error", message="the image encoder is not compiled")
-        losses = trained(model, 4)
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(trained(other, 4)), rtol=1e-3, atol=1e-3)
-    assert_close(other.state_dict(), model.state_dict(), atol=1e-3)
 
 
 # --- the loop on a GPU ------------------------------------------------------------------------------------------------

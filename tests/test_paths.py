@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import pytest
-import torch
 from conftest import ROOT, start_python
 
 from abd_core import paths
-from abd_core.config import Config, ConfigError, option
+from abd_core.config import Config, option
 from abd_core.paths import Run, RunError, atomic, load_or_make, read_json, sha256, write_json
 
 
@@ -112,7 +110,7 @@ def test_a_finished_folder_holds_its_config_inputs_environment_metrics_and_check
     run = made(Maker(), inputs={"weights": "abc"})
     record = read_json(run.file("config.json"))
     assert (record["stage"], record["config"], record["inputs"]) == ("example", {"value": 1}, {"weights": "abc"})
-    assert {"python", "torch", "open_clip", "device", "threads", "compiled", "git_sha"} == record["environment"].keys()
+    assert {"python", "torch", "open_clip", "device", "threads", "git_sha"} == record["environment"].keys()
     assert read_json(run.file("metrics.json")) == run.metrics
     assert set(read_json(run.file("manifest.json"))) == {"config.json", "half.txt", "sub/whole.txt"}
 
@@ -282,16 +280,3 @@ def test_runs_go_to_the_checkout_unless_the_environment_names_another_place(monk
     assert paths.runs_dir() == (tmp_path / "runs").resolve() and (tmp_path / "runs").is_dir()
     monkeypatch.setenv("ABD_RUNS", str(tmp_path / "a" / "b"))
     assert paths.runs_dir() == (tmp_path / "a" / "b").resolve() and (tmp_path / "a" / "b").is_dir()
-
-
-@pytest.mark.parametrize(("given", "said"), [("", "2 threads"), ("0", "2 threads"), ("1", "2 threads, compiled")])
-def test_a_result_says_whether_its_encoder_was_compiled(given: str, said: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ABD_COMPILE", given)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert paths.versions(paths.environment()).endswith(f"open_clip {open_clip.__version__}, {said}")
-
-
-def test_a_choice_to_compile_that_is_none_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("ABD_COMPILE", "yes")
-    with pytest.raises(ConfigError, match=r"^ABD_COMPILE = 'yes': 0 or 1 expected$"):
-        paths.environment()
