@@ -174,6 +174,7 @@ plots.bullets(findings(controls))
 # A patch that lies where the trigger lies overwrites it in training. In the matrix, the trigger's place goes across (plain *BadNet*: its own
 # place, the top left) and the patch's place goes down (plain *ABD* and *noise patch*: drawn for each image). If the low values sit on
 # matching places for plain noise as well, then covering explains the effect and the adversary does not. No real defender knows the place.
+# (Some of these rows are of a CPU, the others of a GPU; what the machine alone changes at one seed stands in chapter 4.)
 
 # %% mystnb={"figure": {"caption": "Where the trigger is and where the patch goes; the paper has no such comparison."}, "image": {"alt": "Heat map of attack success by place of the trigger and place of the patch"}}
 places = variants(grid, r"patch (?:top|bottom|centre)")

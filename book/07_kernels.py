@@ -260,8 +260,10 @@ for device, case, variant in figures.index:
         own, plain = figures.loc[device, case, variant], figures.loc[device, case, variant.removesuffix(", compiled")]
         saved, spent = (plain["step"] - own["step"]) / 1e3, own["first run"] - plain["first run"]  # seconds
         pays[device, variant] = {
-            **{"step, ms": own["step"], "times as fast": plain["step"] / own["step"], "seconds more at first": spent},
-            "pays after steps": "never" if saved <= 0 else round(max(0.0, spent) / saved),
+            "step, ms": f"{own['step']:.1f}",
+            "times as fast": f"{plain['step'] / own['step']:.2f}",
+            "seconds more at first": f"{spent:.1f}",
+            "pays after steps": f"{max(0.0, spent) / saved:,.0f}" if saved > 0 else "never",
         }
 pd.DataFrame(pays).T
 
