@@ -186,7 +186,11 @@ seen = {
     "adversary": searcher.steps * searcher.batch_size,
     "defend": round(defender.share * defender.limit) * defender.epochs,
 }
-timed_as = {"poison": ["ft from tars", "ft"], "adversary": ["abd_core", "plain AdvCLIP"], "defend": ["abd from tars", "abd"]}
+timed_as = {
+    "poison": ["ft from tars", "ft"],
+    "adversary": ["abd_core", "plain AdvCLIP"],
+    "defend": ["abd from tars", "abd"],
+}
 large = measured["benchmark"].isin(["training step", "adversary step"]) & measured["case"].str.startswith("RN50")
 rows = []
 for (device, case), part in measured[large].groupby(["device", "case"], sort=False):
