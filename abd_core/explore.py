@@ -257,7 +257,7 @@ def own_image(source: Path | bytes, side: int) -> torch.Tensor:
 
 
 def top_answers(case: Case, features: Mapping[str, torch.Tensor], views: Sequence[str] = VIEWS) -> pd.DataFrame:
-    """The `TOP` nearest classes of every view for every model.
+    """The `TOP` nearest classes of every view for every model, or all where there are fewer.
 
     Args:
         features: as `Case.encode` gives them for `views`.
@@ -270,7 +270,7 @@ def top_answers(case: Case, features: Mapping[str, torch.Tensor], views: Sequenc
     for model, seen in features.items():
         cosine = seen @ case.classifiers[model].T
         share = (case.encoders[model].logit_scale.exp().cpu() * cosine).softmax(1)
-        best = cosine.topk(TOP, dim=1).indices
+        best = cosine.topk(min(TOP, cosine.shape[1]), dim=1).indices
         for v, view in enumerate(views):
             for rank, k in enumerate(best[v].tolist(), 1):
                 name = case.test_set.class_names[k]
@@ -292,8 +292,12 @@ def caption_cosines(
 
 
 def neighbours(case: Case, model: str, feature: torch.Tensor, count: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """The clean test images nearest to a feature (D,) of `model`: indices and cosines, (count,) each, nearest first."""
-    best = (case.features[model] @ feature).topk(count)
+    """The clean test images nearest to a feature (D,) of `model`: indices and cosines, nearest first.
+
+    (count,) each, or (N,) where there are but N images.
+    """
+    cosines = case.features[model] @ feature
+    best = cosines.topk(min(count, len(cosines)))
     return best.indices, best.values
 
 

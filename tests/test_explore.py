@@ -6,6 +6,7 @@ import base64
 import functools
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,20 @@ def test_top_answers_are_those_of_the_zero_shot_evaluation(case):
         part = answers[answers["model"].eq("victim") & answers["view"].eq(view)]
         assert part["cosine"].tolist() == pytest.approx(expected.values.tolist(), abs=2e-2)  # other batch, other bf16
     assert answers.groupby(["model", "view"])["share"].sum().between(0, 1.0001).all()
+
+
+def test_a_test_set_of_few_classes_and_images_is_shown_whole(case):
+    small = load_test_set("eval", views=1)
+    kept = small.labels < 3
+    names = small.class_names[:3]
+    small = replace(small, images=small.images[kept], labels=small.labels[kept], class_names=names, identity="")
+    few = replace(case, test_set=small)
+    answers = explore.top_answers(few, few.encode(few.views(few.image(names[0]))))
+    assert set(answers.groupby(["model", "view"])["class"].agg(lambda classes: tuple(sorted(classes)))) == {
+        tuple(sorted(names))
+    }
+    indices, _ = explore.neighbours(few, "victim", few.features["victim"][0], count=8)
+    assert sorted(indices.tolist()) == list(range(len(small))) and len(small) < 8
 
 
 def test_a_caption_that_is_typed_gets_a_cosine_with_each_view_and_model(case):
