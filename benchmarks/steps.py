@@ -299,8 +299,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help="also with a compiled image encoder: a minute more")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
-    cache = TemporaryDirectory()  # nothing has been compiled before the first run
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+    if given.compiled:
+        cache = TemporaryDirectory()  # nothing has been compiled before the first run
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     report = Report("training step")
     pairs = load_pairs().take(range((WARM + STEPS) * BATCH))
     if LARGE:

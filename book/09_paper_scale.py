@@ -269,9 +269,9 @@ else:
 # %% [markdown]
 # The backdoors take in a network of this size as they do in the small one. What does not carry over are the settings of the
 # defences: those that train at the small one's 1e-3 (FT, ABD) lose far more clean accuracy than there, and with it most of
-# every backdoor, perturbed or not; ABD-D, which trains at half of that, loses a third as much. A learning rate belongs to a
-# model, and has to be searched for each on data of its own. On BadCLIP FT and ABD leave a part of the attack, as in chapter 4, and
-# the intervals over three seeds are wide.
+# every backdoor, with perturbed images or without; ABD-D, which trains at half of that, loses a third as much. A learning
+# rate belongs to a model: each needs a search of its own. On BadCLIP, FT and ABD leave a part of the attack, as in chapter 4,
+# and the intervals over three seeds are wide.
 
 # %% [markdown]
 # ## What to expect
