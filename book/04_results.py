@@ -48,8 +48,8 @@ from abd_core import plots
 from abd_core.defences import DEFENCES
 from abd_core.grid import GRIDS
 from abd_core.paths import data_dir
-from abd_core.poison import ASR_AIM, PoisonConfig
-from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, means, spoken
+from abd_core.poison import ASR_AIM, CA_LOSS, PoisonConfig
+from abd_core.results import LEVEL, VICTIM, claims, differences, findings, front, spoken
 
 plots.style()
 OURS, HONEST = "ABD", ["clean weights", "WiSE-FT"]
@@ -96,14 +96,29 @@ plots.replication_table(grid, again)
 # %% [markdown]
 # ## Are the backdoors there?
 #
-# A defence can only be judged by a backdoor that is there. The attacks, by the ASR of their victims:
+# A defence can only be judged by a backdoor that is there, and an attack that costs clean accuracy would give itself away. All in %, CA in
+# points below that of the clean weights (negative: above it): means over an attack's victims, and the worst of them.
 
 # %%
-victims = means(grid[grid["defence"] == VICTIM])["mean"].unstack("metric").reindex(columns=["asr"]).droplevel("defence")
-took = victims["asr"] >= ASR_AIM
+clean_ca = grid[(grid["defence"] == "clean weights") & (grid["metric"] == "ca_top1")].groupby("seed")["value"].first()
+victims = grid[grid["defence"] == VICTIM].pivot_table("value", ["attack", "seed"], "metric", sort=False)
+victims = victims.reindex(columns=["asr", "ca_top1"])
+victims["lost"] = victims.index.get_level_values("seed").map(clean_ca) - victims["ca_top1"]
+asr, lost = (victims.groupby("attack", sort=False)[name] for name in ("asr", "lost"))
+worst = {"ASR": asr.mean(), "least ASR": asr.min(), "CA lost": lost.mean(), "most CA lost": lost.max()}
+(100 * pd.DataFrame(worst)).round(1)
+
+# %% [markdown]
+# Against the aims of each attack:
+
+# %%
+missed = {
+    f"mean ASR below {ASR_AIM:.0%}": asr.mean() < ASR_AIM,
+    f"mean CA more than {100 * CA_LOSS:.0f} points lost": lost.mean() > CA_LOSS,
+    f"a single victim's CA more than {100 * CA_LOSS:.0f} points lost": lost.max() > CA_LOSS,
+}
 plots.bullets(
-    f"mean ASR {word} the aim of {ASR_AIM:.0%}: {', '.join(f'*{name}*' for name in names) or 'no attack'}"
-    for word, names in {"reaches": took.index[took], "falls short of": took.index[~took]}.items()
+    f"{aim}: {', '.join(f'*{name}*' for name in short.index[short]) or 'no attack'}" for aim, short in missed.items()
 )
 
 # %% [markdown]
