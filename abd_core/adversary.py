@@ -19,7 +19,7 @@ import torch
 from abd_core import graphs, inputs, models
 from abd_core.config import ConfigError, TrainingError, derive_seed, option
 from abd_core.data import TrainingPairs, rng
-from abd_core.defences import fine_tuned
+from abd_core.defences import clean_model, fine_tuned
 from abd_core.generator import Discriminator, Generator, Perturbation, patch_side
 from abd_core.inputs import TrainInputs
 from abd_core.losses import (
@@ -96,6 +96,7 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
 
     Raises:
         RunError: a weights file is missing or damaged.
+        ConfigError: the clean weights are of another architecture than the victim's.
         TrainingError: a loss, the generator or the discriminator became NaN or infinite. The checkpoint before it is
             left as it was.
     """
@@ -110,7 +111,7 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
     def make(folder: Path) -> Mapping[str, Any]:
         normal = suspect = models.frozen(models.load(victim))
         if clean is not None:
-            normal = models.frozen(models.load(clean))
+            normal = models.frozen(clean_model(clean, suspect))
         elif config.normal == "fine-tuned":
             normal = models.frozen(fine_tuned(suspect, pairs, folder, seed=config.seed))
         return search(config, pairs, suspect, normal, folder)

@@ -84,7 +84,7 @@ def clean_model(path: Path | None, victim: open_clip.CLIP) -> open_clip.CLIP:
     model = models.load(path)
     shapes = [{name: tensor.shape for name, tensor in net.state_dict().items()} for net in (model, victim)]
     if shapes[0] != shapes[1]:
-        raise ConfigError(f"{path}: the clean weights are of another architecture than the victim's")
+        raise ConfigError(f"{path}: the clean weights (pretrained) are of another architecture than the victim's")
     return model
 
 

@@ -105,6 +105,15 @@ class TrainInputs(PairInputs):
         return bool(self.pretrained) or super().outside
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuspectInputs(Config):
+    """Which model is defended."""
+
+    checkpoint: str = option(
+        "", "the suspect's weights: a file or a Hugging Face folder; '': the victim of the attack above", place=True
+    )
+
+
 SHARED = tuple(field.name for field in dataclasses.fields(TrainInputs))  # in every stage they mean the same
 
 
@@ -122,6 +131,17 @@ def clean_weights(config: TrainInputs) -> Path:
     return models.pretrained_weights(config.model, config.pretrained) if config.pretrained else models.clean_weights()
 
 
+def suspect_weights(source: SuspectInputs, config: TrainInputs) -> Path:
+    """The checkpoint as one file that names its architecture; where it names none itself, it is of `config.model`.
+
+    Raises:
+        RunError: it is missing, damaged, or does not fit the architecture, see `models.load`.
+    """
+    if not Path(source.checkpoint).expanduser().exists():
+        raise RunError(f"missing file: {source.checkpoint}")
+    return models.pretrained_weights(config.model, source.checkpoint)
+
+
 def architecture(config: TestInputs) -> str:
     """The open_clip architecture of a model that is trained from scratch."""
     return config.model or models.EMBEDDED
@@ -134,14 +154,7 @@ def resolution(weights: Path | None, config: TestInputs) -> int:
         RunError: the file is missing, damaged, or names an architecture that open_clip does not know.
         ConfigError: `config.model` does so, where there are no weights.
     """
-    name = architecture(config) if weights is None else config.model or models.FOREIGN
-    if weights is not None and weights.suffix == ".safetensors":
-        regular(weights)
-        try:
-            with safe_open(weights, framework="pt") as f:
-                name = (f.metadata() or {}).get("model", "") or name
-        except (OSError, SafetensorError, ValueError) as error:
-            raise RunError(f"damaged file: {weights}: not safetensors ({error})") from None
+    name = architecture(config) if weights is None else _named(weights) or config.model or models.FOREIGN
     if name not in open_clip.list_models():
         if weights is None:
             raise unknown("model", name, open_clip.list_models())
@@ -150,6 +163,18 @@ def resolution(weights: Path | None, config: TestInputs) -> int:
     if not isinstance(size, int):
         raise RunError(f"{weights or 'model'}: {name} takes images of {size} px: only square ones can be used")
     return size
+
+
+def _named(weights: Path | None) -> str:
+    """The architecture that a file of weights names; "" where it names none. Raises RunError where it is damaged."""
+    if weights is None or weights.suffix != ".safetensors":
+        return ""
+    regular(weights)
+    try:
+        with safe_open(weights, framework="pt") as f:
+            return (f.metadata() or {}).get("model", "")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise RunError(f"damaged file: {weights}: not safetensors ({error})") from None
 
 
 def training_pairs(config: Any, weights: Path | None) -> TrainingPairs:
@@ -200,7 +225,7 @@ def test_set(config: TestInputs, split: str, weights: Path | None) -> TestSet:
 def _embedded(config: TestInputs, weights: Path | None, what: str) -> None:
     """Refuse a model of another size, where one is named."""
     named = config.model or getattr(config, "pretrained", "") or getattr(config, "pairs", "")
-    if named and (size := resolution(weights, config)) != CELL:
+    if (named or _named(weights)) and (size := resolution(weights, config)) != CELL:
         taker = weights.name if weights else architecture(config)
         raise ConfigError(f"{what} = '': the embedded images have {CELL} px, {taker} takes {size}: give {what}")
 

@@ -17,8 +17,13 @@
 #
 # The perturbation's place is drawn for each image by default: it is made without knowledge of the trigger's place, and a patch that
 # happens to cover the trigger would prove nothing. This notebook loads or makes everything that it needs.
+#
+# To clean a model of your own, give its weights as `checkpoint`, and the clean weights that it was made from as `pretrained`. No attack
+# is run then, and no trigger is known: the clean accuracy is measured, the attack success is not. Whoever has no clean weights gives the
+# checkpoint there too, and `adversary_normal fine-tuned`. The [audit](10_audit) asks whether there is a backdoor, before and after.
 
 # %% tags=["parameters"]
+checkpoint: str = ""  # the suspect's weights, to defend a model of your own; "": the victim of the attack below
 attack: str = "badnet"  # attack: badnet, blended, badclip, wanet, sig, label-consistent, blended-text, ... (`TRIGGERS`)
 target: str = "banana"  # class that triggered images shall be taken for; one of the test classes
 seed: int = 0  # seed of every random draw
@@ -47,15 +52,17 @@ limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 # %%
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.defend import DefendConfig, defend
+from abd_core.inputs import SuspectInputs, suspect_weights
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
 from abd_core.preflight import preflight
 
-attacker, searcher, config = stage_configs(
-    globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig
+attacker, searcher, source, config = stage_configs(
+    globals(), poison=PoisonConfig, adversary=AdversaryConfig, suspect=SuspectInputs, defend=DefendConfig
 )
-show_configs(attacker, searcher, config)
-preflight(attacker, searcher, config)
+stages = (searcher, config) if source.checkpoint else (attacker, searcher, config)
+show_configs(*stages)
+preflight(*stages)
 
 # %% [markdown]
 # ## The victim, the perturbation, the defence
@@ -63,11 +70,11 @@ preflight(attacker, searcher, config)
 # The first line is the attacker's; the defence is handed the victim's weights and nothing else of it.
 
 # %%
-victim = poison(attacker)
-print(verdict(victim))
+victim = None if source.checkpoint else poison(attacker)
+print(verdict(victim) if victim else f"{source.checkpoint}: no attack on it is known.")
 
 # %%
-suspect = victim.file("model.safetensors")
+suspect = victim.file("model.safetensors") if victim else suspect_weights(source, config)
 perturbation_file = None
 if config.needs_perturbation:
     perturbation_file = adversary(searcher, suspect).file("perturbation.safetensors")
@@ -112,38 +119,42 @@ if (history := defended.file("history.csv")).exists():  # not every defence trai
 # ## Before and after
 #
 # Only here does the attack's record come back, to measure what the defence did not know. The evaluation split's artwork is by a vendor
-# that neither training, nor poisoning, nor the choice of any default has seen.
+# that neither training, nor poisoning, nor the choice of any default has seen. Of a checkpoint there is no such record.
 
 # %%
-trigger, on_eval = victim.file("trigger.safetensors"), EvaluateConfig(**inputs.test_inputs(config))
-evaluations = {
-    "clean base": victim.metrics["base_eval"],
-    "victim": victim.metrics["eval"],
-    "defended": measure(defended.file("model.safetensors"), trigger=trigger, config=on_eval).metrics,
-}
+trigger, on_eval = victim and victim.file("trigger.safetensors"), EvaluateConfig(**inputs.test_inputs(config))
+clean_base, after = inputs.clean_weights(config), defended.file("model.safetensors")
+if victim:
+    evaluations = {"clean base": victim.metrics["base_eval"], "victim": victim.metrics["eval"]}
+else:
+    before = {"clean base": clean_base, "victim": suspect}
+    evaluations = {name: measure(path, config=on_eval).metrics for name, path in before.items()}
+evaluations["defended"] = measure(after, trigger=trigger, config=on_eval).metrics
 plots.wide_table(evaluations)
 
 # %% mystnb={"figure": {"caption": "Before and after, with 95 % intervals. The paper on BadNet: CA 58.69 % and ASR 96.51 % for the victim, 53.47 % and 5.36 % after ABD."}, "image": {"alt": "Bars of clean accuracy and attack success rate of the clean base, the victim and the defended model"}}
-title = f"{config.defence} against {attacker.attack}, target {attacker.target!r}, seed {config.seed}"
-figure = plots.bars(evaluations, title=title)
+against = f"{attacker.attack}, target {attacker.target!r}" if victim else f"{shown(suspect)}: no attack is known"
+title = f"{config.defence} against {against}, seed {config.seed}"
+figure = plots.bars(evaluations, title=title, metrics=["ca_top1", "asr" if victim else "ca_top5"])
 figure.savefig(defended.file("before_after.png"))
 
 # %% [markdown]
 # ## Pictures whose answer changed
 
 # %% mystnb={"image": {"alt": "Eight test pictures with the trigger"}}
-test_set = inputs.test_set(config, "eval", suspect)
-names, pattern = test_set.class_names, load_trigger(trigger)
-chosen = torch.arange(5, len(test_set), len(test_set) // 8)[:8]
-triggered = pattern(test_set.images[chosen].float() / 255)
-answers = {}
-for label, path in {"victim": suspect, "defended": defended.file("model.safetensors")}.items():
-    encoder = models.load(path)
-    weights = zero_shot_weights(encoder, names, test_set.templates)
-    with torch.no_grad():
-        answers[label] = [names[i] for i in (models.encode_image(encoder, triggered) @ weights.T).argmax(1)]
-plots.images({"triggered": triggered})
-pd.DataFrame({"true class": [names[i] for i in test_set.labels[chosen]], **answers}).T
+if victim:
+    test_set = inputs.test_set(config, "eval", suspect)
+    names, pattern = test_set.class_names, load_trigger(trigger)
+    chosen = torch.arange(5, len(test_set), len(test_set) // 8)[:8]
+    triggered = pattern(test_set.images[chosen].float() / 255)
+    answers = {}
+    for label, path in {"victim": suspect, "defended": after}.items():
+        encoder = models.load(path)
+        weights = zero_shot_weights(encoder, names, test_set.templates)
+        with torch.no_grad():
+            answers[label] = [names[i] for i in (models.encode_image(encoder, triggered) @ weights.T).argmax(1)]
+    plots.images({"triggered": triggered})
+    display(pd.DataFrame({"true class": [names[i] for i in test_set.labels[chosen]], **answers}).T)
 
 # %% [markdown]
 # ## One picture, before and after
@@ -154,21 +165,17 @@ pd.DataFrame({"true class": [names[i] for i in test_set.labels[chosen]], **answe
 # %%
 from abd_core.explore import Case, picture_widget
 
-weights = {
-    "clean base": inputs.clean_weights(attacker),
-    "victim": suspect,
-    "defended": defended.file("model.safetensors"),
-}
-encoders = {name: models.load(path) for name, path in weights.items()}
-label = "cat" if "cat" in names else names[test_set.labels[0]]
-picture_widget(Case(pattern, None, encoders, test_set, title), label, views=("clean", "triggered"))
+if victim:
+    encoders = {name: models.load(p) for name, p in zip(evaluations, (clean_base, suspect, after), strict=True)}
+    label = "cat" if "cat" in names else names[test_set.labels[0]]
+    display(picture_widget(Case(pattern, None, encoders, test_set, title), label, views=("clean", "triggered")))
 
 # %% [markdown]
 # ## Summary
 
 # %% tags=["summary"]
 print(plots.wide_table(evaluations, ["ca_top1", "asr", "ra"]).to_string())
-print(verdict(victim))
+print(verdict(victim) if victim else f"Model: {shown(after)}")
 print(f"Figure: {shown(defended.file('before_after.png'))}")
 
 # %% [markdown]

@@ -427,7 +427,9 @@ def test_clean_weights_that_are_missing_or_of_another_architecture_are_refused(
     (tmp_path / "narrow.json").write_text(json.dumps({**LAYOUT, "embed_dim": 16}))
     open_clip.add_model_config(tmp_path / "narrow.json")
     models.save(models.build("narrow"), tmp_path / "narrow.safetensors", name="narrow")
-    with pytest.raises(ConfigError, match=r"narrow\.safetensors: the clean weights are of another architecture"):
+    with pytest.raises(
+        ConfigError, match=r"narrow\.safetensors: the clean weights \(pretrained\) are of another architecture"
+    ):
         defend(config, victim, clean=tmp_path / "narrow.safetensors")
     assert not list(runs.glob("*/*/metrics.json"))
 

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,16 @@ import nbformat
 import pandas as pd
 import papermill
 import pytest
+import torch
 from papermill.exceptions import PapermillExecutionError
+from safetensors.torch import load_file
 
 from abd_core.adversary import AdversaryConfig
 from abd_core.audit import AuditConfig, AuditInputs
 from abd_core.defend import DefendConfig
 from abd_core.explore import ExploreConfig
+from abd_core.inputs import SuspectInputs
+from abd_core.models import EMBEDDED
 from abd_core.notebook import SHARED, summary
 from abd_core.poison import PoisonConfig
 from abd_core.pretrain import PretrainConfig
@@ -28,7 +33,12 @@ STAGES = {
     "00_benchmark": {"pretrain": PretrainConfig},
     "01_poison": {"poison": PoisonConfig},
     "02_adversary": {"poison": PoisonConfig, "adversary": AdversaryConfig},
-    "03_defend": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
+    "03_defend": {
+        "poison": PoisonConfig,
+        "adversary": AdversaryConfig,
+        "suspect": SuspectInputs,
+        "defend": DefendConfig,
+    },
     "04_results": {"results": ResultsConfig},  # these two run in test_results.py
     "05_ablations": {"results": ResultsConfig},
     "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
@@ -101,6 +111,23 @@ def test_notebook_runs_alone_from_any_folder_and_ends_with_tables_and_figures(na
 
 
 @pytest.mark.slow
+def test_a_checkpoint_of_ones_own_is_defended_as_the_same_victim_is_and_no_attack_success_is_claimed(tmp_path):
+    run("03_defend", SMOKE["03_defend"])
+    (weights,) = tmp_path.glob("runs/poison/*/model.safetensors")
+    (known,) = tmp_path.glob("runs/defend/*/metrics.json")
+    with_prefix = {f"module.{name}": tensor for name, tensor in load_file(weights).items()}
+    torch.save({"epoch": 3, "state_dict": with_prefix}, "suspect.pt")  # as CleanCLIP's code saves
+    for run_folder in (weights.parent, known.parent.parent):
+        shutil.move(run_folder, tmp_path / "aside" / run_folder.name)
+    run("03_defend", {**SMOKE["03_defend"], "checkpoint": "suspect.pt", "model": EMBEDDED})
+    (made,) = tmp_path.glob("runs/defend/*/metrics.json")
+    assert made.parent.name == known.parent.name  # the key holds the digests of all that was read
+    assert not list(tmp_path.glob("runs/poison/*"))
+    text = summary(Path("out.ipynb"))
+    assert "CA" in text and "ASR" not in text and str(made.with_name("model.safetensors")) in text
+
+
+@pytest.mark.slow
 def test_the_kernels_chapter_shows_the_figures_of_the_table_that_it_is_given():
     table = pd.read_csv(BenchmarksConfig().path)
     chosen = table.index[table["variant"].str.startswith("abd_core") & table["ratio"].notna()][0]
@@ -138,6 +165,7 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("01_poison", {"rate": 1.5}, "ConfigError: PoisonConfig.rate = 1.5: ≥ 0 and ≤ 1 expected"),
         ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
+        ("03_defend", {"checkpoint": "nowhere.pt"}, "RunError: missing file: nowhere.pt"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
         ("08_explore", {"label": "catt"}, "ConfigError: unknown class 'catt'; did you mean 'cat'?"),
         ("10_audit", {"checkpoint": "nowhere.safetensors"}, "RunError: missing file: nowhere.safetensors"),
