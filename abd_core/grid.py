@@ -74,9 +74,11 @@ SEARCHED |= {name: ("2.5e-4", *LR) for name in ("CleanCLIP", "RoCLIP", "PAR")}
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
 }
-DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
-DOSES = (0.01, 0.03)
-ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
+# How much poison do attacks without a patch need? More than the default for those that it plants least.
+DOSES: dict[str, tuple[float, ...]] = {"Blended": (0.01, 0.03), "SIG": (0.01, 0.03)}
+DOSES |= {"label-consistent": (0.01, 0.03, 0.2), "Blended-Text": (0.01, 0.03, 0.2)}
+DOSED = {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSES for rate in DOSES[name]}
+ATTACKS |= DOSED
 QUIET = {"quiet_weight": 1.0}  # the attacker knows the defence: see abd_core.quiet
 ATTACKS |= {
     "BadNet, quiet": {**ATTACKS["BadNet"], **QUIET},
@@ -109,6 +111,9 @@ TUNING = {
     for lr in rates
 }
 TUNING |= {f"{name}, half of the batch": {**DEFENCES[name], "perturbed_share": 0.5} for name in ("ABD-D", "ABD-D + T")}
+# PAR loses more than five points of CA at every rate: does it keep them where it drives features less far apart?
+TUNING |= {f"PAR, shift weight {weight:g}": {**DEFENCES["PAR"], "shift_weight": weight} for weight in (0.05, 0.15)}
+TUNING |= {f"PAR, shift limit {limit:g}": {**DEFENCES["PAR"], "shift_limit": limit} for limit in (0.5, 1)}
 DEFENCES |= TUNING
 
 # --- what is run together ---------------------------------------------------------------------------------------------
@@ -152,7 +157,7 @@ GRIDS: dict[str, Grid] = {
     "places": Grid(
         ("BadNet", "BadNet, bottom right"),
         (
-            *("FT", "PAR", "ABD", "ABD-D", *CONTROLS),
+            *("FT", "CleanCLIP", "PAR", "ABD", "ABD-D", *CONTROLS),
             *(f"{name} {place}" for name in ("ABD, patch", "noise patch,") for place in PLACES),
         ),
         range(3),
@@ -171,7 +176,7 @@ GRIDS: dict[str, Grid] = {
         ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
         range(3),
     ),
-    "doses": Grid((*DOSED, *(f"{name}, rate {rate:g}" for name in DOSED for rate in DOSES)), (), range(3)),
+    "doses": Grid((*DOSES, *DOSED), (), range(3)),
     "no-clean-weights": Grid(
         PAPER,
         (

@@ -111,6 +111,7 @@ def test_each_notebook_gets_parameters_that_give_the_settings_of_its_job():
     for job in jobs:
         configs = {part.stage: part.config for part in job.chain()}
         own = {name: ast.literal_eval(record["default"]) for name, record in listed[job.stage].items()}
+        own.pop("checkpoint", None)  # names a suspect that the grid did not make
         known = {name: STAGES[name] for name in list(STAGES)[: list(STAGES).index(job.stage) + 1]}
         made = stage_configs({**own, **stage_parameters(own, **configs)}, **known)
         assert {name: config for name, config in zip(known, made, strict=True) if name in configs} == configs
