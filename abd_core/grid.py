@@ -74,7 +74,7 @@ SEARCHED |= {name: ("2.5e-4", *LR) for name in ("CleanCLIP", "RoCLIP", "PAR")}
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
 }
-DOSED = ("Blended", "SIG", "label-consistent")  # hard to plant: how much poison do they need?
+DOSED = ("Blended", "SIG", "label-consistent")  # how much poison do they need?
 DOSES = (0.01, 0.03)
 ATTACKS |= {f"{name}, rate {rate:g}": {**ATTACKS[name], "poison_rate": rate} for name in DOSED for rate in DOSES}
 QUIET = {"quiet_weight": 1.0}  # the attacker knows the defence: see abd_core.quiet

@@ -171,9 +171,9 @@ def aims_table(aims: pd.DataFrame) -> pd.DataFrame:
     }
     return pd.DataFrame(
         {
-            "CA lost": [f"{100 * lost:.2f}" for lost in aims["lost"]],
-            f"at most {100 * MOST_CA_LOST:.0f} points?": kept.to_numpy(),
-            "ASR": [f"{100 * asr:.1f}" for asr in aims["asr"]],
+            "CA lost, points": [f"{100 * lost:.2f}" for lost in aims["lost"]],
+            f"at most {100 * MOST_CA_LOST:.0f} points of CA lost?": kept.to_numpy(),
+            "ASR, %": [f"{100 * asr:.1f}" for asr in aims["asr"]],
             **beaten,
         },
         index=aims.index,

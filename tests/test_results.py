@@ -352,7 +352,7 @@ def test_the_aims_are_checked_by_means_of_the_seeds_that_both_sides_have(grid: p
         assert row["lost"] == pytest.approx((ca["none"] - ca[defence]).mean(), abs=1e-12)
         assert row["asr"] == pytest.approx(asr[defence].mean(), abs=1e-12)
         shown = table.loc[(defence, attack)]
-        assert shown["at most 5 points?"] == ("yes" if row["lost"] <= 0.05 else "no")
+        assert shown["at most 5 points of CA lost?"] == ("yes" if row["lost"] <= 0.05 else "no")
         for name in ("CleanCLIP", "PAR", "random erasing"):
             apart = (asr[defence] - asr[name]).dropna()  # PAR has but one seed here
             assert np.isnan(row[name]) == apart.empty
