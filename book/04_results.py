@@ -370,7 +370,8 @@ plots.bullets(
 )
 
 # %% [markdown]
-# In plain words, where "surely" means that the interval leaves out zero:
+# In plain words: a defence is more than its ASR on one attack. What it costs, against what it was tried, what its owner must have, and
+# whether something plainer does as well belong to the answer. "Surely" means here that the interval leaves out zero.
 
 # %%
 table1 = against[against["metric"].eq("asr") & against["attack"].isin([*in_paper, *beyond])]
@@ -393,7 +394,3 @@ if len(restored):
         f" most {restored.max():.1f} %, without any training."
     )
 plots.bullets(lines)
-
-# %% [markdown]
-# So a defence is more than its ASR on one attack: what it costs, against whom it was tried, what its owner must have, and whether something
-# plainer does as well belong to the answer.
