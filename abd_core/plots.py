@@ -20,7 +20,7 @@ from matplotlib.patches import Patch
 
 from abd_core import escape
 from abd_core.evaluate import Rate
-from abd_core.results import METRICS, VICTIM, front, means, replication, shown_difference
+from abd_core.results import METRICS, MOST_CA_LOST, TO_BEAT, VICTIM, front, means, replication, shown_difference
 
 
 def style() -> None:
@@ -152,11 +152,32 @@ def difference_table(differences: pd.DataFrame) -> pd.DataFrame:
             "here [95 % over seeds]": [shown_difference(r) for r in differences.itertuples()],
             "paper": ["" if pd.isna(paper) else f"{100 * paper:+.2f}" for paper in differences["paper"]],
             "seeds": differences["seeds"].to_numpy(),
+            "of two machines": differences["two_machines"].to_numpy(),
             "here it is": differences["side"].to_numpy(),
         }
     )
     shown = shown.set_index(["difference", "attack", "metric"])
-    return shown if shown["paper"].any() else shown.drop(columns="paper")
+    return shown.drop(columns=[name for name in ("paper", "of two machines") if not shown[name].any()])
+
+
+def aims_table(aims: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `results.aims` to read: CA lost in points, ASR in %, and which of the aims these means meet."""
+    kept = (aims["lost"] <= MOST_CA_LOST).map({True: "yes", False: "no"})
+    beaten = {
+        f"ASR below {name}'s?": [
+            "not measured" if pd.isna(apart) else "yes" if apart < 0 else "no" for apart in aims[name]
+        ]
+        for name in TO_BEAT
+    }
+    return pd.DataFrame(
+        {
+            "CA lost, points": [f"{100 * lost:.2f}" for lost in aims["lost"]],
+            f"at most {100 * MOST_CA_LOST:.0f} points of CA lost?": kept.to_numpy(),
+            "ASR, %": [f"{100 * asr:.1f}" for asr in aims["asr"]],
+            **beaten,
+        },
+        index=aims.index,
+    )
 
 
 def _timed(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
@@ -348,6 +369,9 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
             error = 100 * points["half"].fillna(0)
             axes.errorbar(100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=name)
         axes.set(xscale="log", xlabel="% of pairs poisoned", ylabel=f"{METRICS[metric]} of the victim, %")
+        shares = sorted(100 * victims["share"].unique())
+        axes.set_xticks(shares, [f"{share:g}" for share in shares])
+        axes.minorticks_off()
     grid[0].legend(frameon=False)
     figure.suptitle(escape.figure(title))
     return figure
@@ -488,7 +512,8 @@ def intervals(axes: Axes, table: pd.DataFrame, *, row: str) -> None:
         )
     if "paper" in table:
         paper = table.drop_duplicates(row)["paper"]
-        axes.errorbar(paper, range(len(rows)), fmt="D", mfc="none", mec="black", label="paper (its own model)")
+        below = [y + 0.43 for y in range(len(rows))]  # in no model's line: which model it was is not known
+        axes.errorbar(paper, below, fmt="D", mfc="none", mec="black", label="paper (its own model)")
     axes.set_yticks(range(len(rows)), [textwrap.fill(name, 21) for name in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)

@@ -35,6 +35,8 @@ METRICS = {
 }
 VICTIM = "none"  # the defence of rows that measure the victim itself
 CONTROLS = ("noise patch", "random erasing", "Gaussian noise")
+MOST_CA_LOST = 0.05  # below the victim's CA: the aim of a defence, and the rule by which its settings are chosen
+TO_BEAT = ("CleanCLIP", "PAR", "random erasing")  # whose ASR a defence is to go below
 LEVEL = 0.95  # of the intervals over seeds
 _ORDER = {  # of the rows; labels that are not here come after these, in the order of the file
     "attack": [kind.title for kind in TRIGGERS.values()],
@@ -242,7 +244,10 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
 def differences(
     results: pd.DataFrame, pairs: Iterable[tuple[str, str]], metrics: Iterable[str] = ("ca_top1", "asr")
 ) -> pd.DataFrame:
-    """One defence minus another, paired by seed: both met the same victim, so that its luck falls out.
+    """One defence minus another, paired by seed: both met victims of the same draws, so that their luck falls out.
+
+    On one machine that is the very same victim. Another machine makes it anew from the same draws with other rounding,
+    which training amplifies (see `replication`); such pairs are counted.
 
     Args:
         results: rows of one split, as `read_results` gives them.
@@ -251,7 +256,8 @@ def differences(
     Returns:
         a row a pair, attack and metric that both have been measured on; columns `defence`, `against`, `attack`,
         `metric`; shares `difference`, `ci_low`, `ci_high` (t-interval over the seeds, NaN for a single one), `paper`
-        (the paper's difference, NaN where it has none); `seeds` (how many pairs of runs); `side`: lower, higher, "too
+        (the paper's difference, NaN where it has none); `seeds` (how many pairs of runs) and `two_machines` (how many
+        of these pairs have one run on another machine than the other); `side`: lower, higher, "too
         close to tell" (the interval contains 0) or "too few seeds" (no interval); `verdict`, "" where the paper has no
         difference: agrees or disagrees (in its sign), or the side where that is neither lower nor higher.
 
@@ -265,8 +271,13 @@ def differences(
     both = ours.merge(theirs, on=["against", "attack", "metric", "seed"], suffixes=("", "_against"))
     both["difference"] = both["value"] - both["value_against"]
     both["paper"] = both["paper_value"] - both["paper_value_against"]
+    both["two_machines"] = both["device"] != both["device_against"]
     table = both.groupby(["defence", "against", "attack", "metric"], sort=False, as_index=False).agg(
-        difference=("difference", "mean"), sd=("difference", "std"), seeds=("seed", "size"), paper=("paper", "first")
+        difference=("difference", "mean"),
+        sd=("difference", "std"),
+        seeds=("seed", "size"),
+        two_machines=("two_machines", "sum"),
+        paper=("paper", "first"),
     )
     half = half_width(table.pop("sd"), table["seeds"])
     table["ci_low"], table["ci_high"] = table["difference"] - half, table["difference"] + half
@@ -322,6 +333,11 @@ def spoken(defence: str) -> str:
     return "the victim" if defence == VICTIM else escape.markdown(defence)
 
 
+def runs_behind(row: Any) -> str:
+    """How many pairs of runs a row of `differences` rests on, and how many of them are of two machines."""
+    return f"seeds: {row.seeds}" + (f", {row.two_machines} of them on two machines" if row.two_machines else "")
+
+
 def claims(table: pd.DataFrame) -> list[str]:
     """A sentence, in Markdown, for each row of `differences` on which the paper has a word."""
 
@@ -330,8 +346,8 @@ def claims(table: pd.DataFrame) -> list[str]:
         relation = "the same {} as" if row.paper == 0 else f"a {'lower' if row.paper < 0 else 'higher'} {{}} than"
         attack = escape.markdown(row.attack)
         return (
-            f"**{row.verdict}**: on *{attack}*, {defence} has {relation.format(METRICS[row.metric])} {against}: "
-            f"{100 * row.paper:+.2f} points in the paper, {shown_difference(row)} here (seeds: {row.seeds})"
+            f"**{row.verdict}**: in the paper, on *{attack}*, {defence} has {relation.format(METRICS[row.metric])} "
+            f"{against} ({100 * row.paper:+.2f} points); here {shown_difference(row)} ({runs_behind(row)})"
         )
 
     return [sentence(row) for row in table[table["verdict"] != ""].itertuples()]
@@ -340,14 +356,39 @@ def claims(table: pd.DataFrame) -> list[str]:
 def findings(table: pd.DataFrame) -> list[str]:
     """A sentence, in Markdown, for each pair and metric in `differences`: on which attacks which side it is on."""
     lines = []
+    table = table.assign(runs=[runs_behind(row) for row in table.itertuples()])
     for (defence, against, metric), part in table.groupby(["defence", "against", "metric"], sort=False):
-        sides = part.groupby("side", sort=False)["attack"]
+        sides = part.groupby(["side", "runs"], sort=False)["attack"]
         told = "; ".join(
-            f"**{side}** on {', '.join(f'*{escape.markdown(attack)}*' for attack in attacks)}"
-            for side, attacks in sides
+            f"**{side}** on {', '.join(f'*{escape.markdown(attack)}*' for attack in attacks)} ({runs})"
+            for (side, runs), attacks in sides
         )
         lines.append(f"{METRICS[metric]} of {escape.markdown(defence)} against that of {spoken(against)}: {told}")
     return lines
+
+
+def aims(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
+    """What a defence is to reach: little CA lost, and an ASR below that of each of `TO_BEAT`. By means over seeds.
+
+    Args:
+        results: rows of one split, as `read_results` gives them.
+        defences: none of `TO_BEAT`.
+
+    Returns:
+        index (defence, attack), where defence and victim have been measured; columns, shares: `lost` (the victim's CA
+        minus the defence's), `asr`, and for each of `TO_BEAT` the defence's ASR minus its own (NaN: not measured).
+        Differences are over the seeds that both sides have.
+
+    Raises:
+        ValueError: a seed is there twice.
+    """
+    cell = ["defence", "attack"]
+    apart = differences(results, [(name, against) for name in defences for against in (VICTIM, *TO_BEAT)])
+    victim = apart["against"].eq(VICTIM)
+    lost = -apart[victim & apart["metric"].eq("ca_top1")].set_index(cell)["difference"].rename("lost")
+    asr = results[results["metric"] == "asr"].groupby(cell, sort=False)["value"].mean().rename("asr")
+    rivals = apart[~victim & apart["metric"].eq("asr")].pivot(index=cell, columns="against", values="difference")
+    return lost.to_frame().join(asr).join(rivals.reindex(columns=list(TO_BEAT)))
 
 
 def pareto(ca: np.ndarray, asr: np.ndarray) -> np.ndarray:

@@ -418,7 +418,10 @@ class WaNet(Trigger):
 
 
 class SIG(Trigger):
-    """A horizontal sine of 6 cycles, added with amplitude `amplitude` (Barni et al. 2019)."""
+    """A horizontal sine of 6 cycles, added with amplitude `amplitude` (Barni et al. 2019).
+
+    Theirs is on images of the target alone, with labels that are right; here, as BadNet's, on any, with its captions.
+    """
 
     name = "sig"
     title = "SIG"

@@ -153,8 +153,8 @@ print("cosine of the mean shifts in the victim:", moves.loc["cosine of the mean 
 #
 # **Solution.** Compare the two columns of the drift table between the runs. As printed, Eq. (2) rewards agreement of
 # the two encoders, so that a negative weight, which drives them apart, asks more directly for what only the victim
-# knows. Whether it then finds *this* backdoor depends on the seed and on the place of the patch; chapter 5 has the
-# comparison over seeds.
+# knows. Whether it then finds *this* backdoor depends on the seed and on the place of the patch, so run more than one.
+# Chapter 5 compares over seeds what the defence then leaves of the backdoor, not where the answers drift to.
 #
 # </details>
 #

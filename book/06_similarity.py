@@ -7,7 +7,7 @@
 # ---
 
 # %% [markdown]
-# # 6. Similarity: are adversarial images like backdoor images?
+# # 6. Similarity, in one run: are adversarial images like backdoor images?
 #
 # **Question.** ABD rests on one observation, the paper's Fig. 2 {cite}`kuang2024abd`: in a poisoned model, images with an
 # adversarial perturbation resemble images with the trigger. Does that hold here: for captions, in the space of image
@@ -17,6 +17,10 @@
 # carry the attacker's trigger, *adversarial* images carry the perturbation of chapter 2. Three models see them: the clean
 # base, the victim made from it, and the defended model of chapter 3. The paper shows one model, and does not say which
 # attack it was; the clean base is the control that its figure lacks. What both models show is no mark of a backdoor.
+#
+# Everything here rests on one victim of one attack at one seed, one perturbation of it, and one defended model: those of
+# the parameters below. The intervals are about the test images of this run alone. Another attack or seed may answer
+# otherwise; chapters 4 and 5 have the seeds, but no rows of what is measured here.
 #
 # All of this is analysis after the fact. It needs the trigger and the target, which no defence is given.
 
@@ -127,9 +131,9 @@ title = f"{attacker.attack}, target {trigger.target!r}, seed {config.seed}"
 plots.distributions(by_model(cosines), means, row="pairing", value="cosine", xlabel="100 x cosine", title=title);
 
 # %% [markdown]
-# Violins are the single images, dots the means with 95 % intervals, diamonds the paper's values. The level of a cosine is
-# a model's own: the paper's RN50 was trained on photographs of the web, this one on emoji. What can be compared is the
-# order.
+# Violins are the single images, dots the means with 95 % intervals, diamonds the paper's values; they stand below the
+# models' lines, since the paper does not say what its model was. The level of a cosine is a model's own: the paper's RN50
+# was trained on photographs of the web, this one on emoji. What can be compared is the order.
 
 # %%
 pairings = plots.estimates(means, index="pairing", columns="model")
@@ -169,7 +173,8 @@ plots.clouds(panels, variances, title=f"Image features in two principal componen
 # %% [markdown]
 # What the picture cannot give, measured in the whole space: whether the perturbation moves images in the direction in which
 # the trigger moves them (cosine of the mean shifts: 1 is the same direction, 0 none in common), and whether an adversarial
-# image is nearer to the same image with the trigger than the original is (a gain above 0).
+# image is nearer to the same image with the trigger than the original is (a gain above 0). Here too the clean base is the
+# control: what it shows as well as the victim is no mark of the backdoor.
 
 # %%
 shifts = by_model({name: similarity.shifts(kinds, labels) for name, kinds in images.items()})
@@ -202,9 +207,10 @@ pd.DataFrame(
 ).rename_axis("% of images that move to")
 
 # %% [markdown]
-# The target among these classes. Its rank counts from the class that most images move to; the interval says which ranks the
-# sample leaves open, and is wide where few images move to any one class. The entropy is that of all answers: largest where
-# all classes are named equally often, 0 where all answers are one class.
+# The target among these classes. What counts is the share of images that move to it, beside the share that the trigger
+# itself moves there. The rank counts from the class that most images move to; where few images move to any one class, its
+# interval leaves nearly all ranks open, and the rank says nothing. The entropy is that of all answers: largest where all
+# classes are named equally often, 0 where all answers are one class.
 
 # %%
 measures = {
@@ -248,17 +254,18 @@ figure.savefig(defended.file("similarity.png"))
 
 # %% tags=["summary"]
 print(pairings.drop(columns="n").to_string())
-print("\nOn the victim, by how much [95 % interval]:")
+print("\nOn the victim, by how much [95 % interval], and the same on the clean base:")
+control = compared[compared["model"] == "clean base"].set_index("order")
 for row in compared[compared["model"] == "victim"].itertuples():
     paper = "not in the paper" if pd.isna(row.paper) else f"paper {row.paper:+.2f}"
-    print(f"  {row.order}? {row.holds}: {row.value:+.1f} [{row.ci_low:+.1f}, {row.ci_high:+.1f}] ({paper})")
-turned = shifts[shifts["model"] == "victim"].iloc[0]
-along = similarity.Estimate(turned["value"], turned["ci_low"], turned["ci_high"]).positive
-print(f"  {turned['measure']} > 0? {along}: {moves.loc[turned['measure'], 'victim']}")
-rank, low, high = ranks.loc["victim, adversarial", ["rank", "rank_low", "rank_high"]]
-first = "yes" if high == 1 else "no" if low > 1 else "open"
-share = drift_table.loc["victim, adversarial", "moved to the target, %"]
-print(f"  target first among the classes moved to? {first}: rank {rank} [{low}, {high}], {share} % of images")
+    base = f"clean base: {control['holds'][row.order]}, {control['value'][row.order]:+.1f}"
+    print(f"  {row.order}? {row.holds}: {row.value:+.1f} [{row.ci_low:+.1f}, {row.ci_high:+.1f}] ({paper}; {base})")
+turned = "cosine of the mean shifts"
+print(f"  {turned}: {moves.loc[turned, 'victim']}; clean base: {moves.loc[turned, 'clean base']}")
+moved = drift_table["moved to the target, %"]
+for kind, change in {"adversarial": "perturbation", "backdoor": "trigger"}.items():
+    told = f"{moved[f'victim, {kind}']}; clean base: {moved[f'clean base, {kind}']}"
+    print(f"  % of images that the {change} moves to the target: {told}")
 print(f"\nFigure: {shown(defended.file('similarity.png'))}")
 
 # %% [markdown]
@@ -275,5 +282,6 @@ print(f"\nFigure: {shown(defended.file('similarity.png'))}")
 # By itself that order shows little: a victim whose target caption has come nearer to *all* images passes it too, and a
 # target that is at home among the test classes may pass it on the clean base. Three things have to come together before
 # one may say that the perturbation has found the backdoor: it brings images nearer to the backdoor caption than they were,
-# its mean shift has a direction in common with the trigger's, and the answers that it changes go to the target. The
-# summary says which of them hold at these settings.
+# its mean shift has a direction in common with the trigger's, and the answers that it changes go to the target, about as
+# often as the trigger's do; all of it on the victim and not on the clean base. The summary has the figures for both, at
+# these settings.

@@ -100,7 +100,7 @@ def test_labels_of_a_foreign_table_come_out_as_text_in_the_chapters_sentences():
     assert "<script>" not in results.spoken(label)
     table = results.pd.DataFrame(
         [{"defence": label, "against": "FT", "attack": label, "metric": "asr", "side": "lower", "verdict": "agrees"}]
-    ).assign(difference=-0.1, ci_low=-0.2, ci_high=-0.05, paper=-0.1, seeds=3)
+    ).assign(difference=-0.1, ci_low=-0.2, ci_high=-0.05, paper=-0.1, seeds=3, two_machines=0)
     lines = results.claims(table) + results.findings(table)
     assert len(lines) == 2 and not [line for line in lines if "<script>" in line]
     shown, _ = DisplayFormatter().format(table)

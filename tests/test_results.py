@@ -23,6 +23,7 @@ from abd_core.paths import RunError
 from abd_core.results import (
     COLUMNS,
     ResultsError,
+    aims,
     claims,
     differences,
     findings,
@@ -286,7 +287,8 @@ def made(seeds: dict[str, tuple[float, ...]], paper: dict[str, float] | None = N
         for name, shares in seeds.items()
         for i, v in enumerate(shares)
     ]
-    return pd.DataFrame(rows).assign(paper_value=lambda frame: frame["defence"].map(paper or {}).astype(float))
+    stated = lambda frame: frame["defence"].map(paper or {}).astype(float)  # noqa: E731
+    return pd.DataFrame(rows).assign(device="a processor", paper_value=stated)
 
 
 @pytest.mark.parametrize(
@@ -310,13 +312,54 @@ def test_sentences_say_the_claim_both_differences_and_the_verdict():
     grid = made({"none": (0.9, 0.9), "ABD": (0.10, 0.12), "FT": (0.5, 0.7)}, {"none": 0.9651, "ABD": 0.0536})
     result = differences(grid, [("ABD", "none"), ("ABD", "FT")])
     assert claims(result) == [
-        "**agrees**: on *BadNet*, ABD has a lower ASR than the victim: "
-        "-91.15 points in the paper, -79.0 [-91.7, -66.3] here (seeds: 2)"
+        "**agrees**: in the paper, on *BadNet*, ABD has a lower ASR than the victim "
+        "(-91.15 points); here -79.0 [-91.7, -66.3] (seeds: 2)"
     ]
     assert findings(result) == [
-        "ASR of ABD against that of the victim: **lower** on *BadNet*",
-        "ASR of ABD against that of FT: **too close to tell** on *BadNet*",
+        "ASR of ABD against that of the victim: **lower** on *BadNet* (seeds: 2)",
+        "ASR of ABD against that of FT: **too close to tell** on *BadNet* (seeds: 2)",
     ]
+
+
+def test_pairs_of_runs_from_two_machines_are_counted_and_told(grid: pd.DataFrame):
+    moved = grid["defence"].eq("FT") & grid["seed"].gt(0) & grid["attack"].eq("WaNet")
+    split = grid.assign(device=grid["device"].mask(moved, "another"))
+    pairs = [("ABD", "FT"), ("ABD", "none")]
+    for rows, expected in ((grid, 0), (split, 2)):
+        table = differences(rows, pairs, ["asr"]).set_index(["against", "attack"])
+        assert table.pop("two_machines").to_dict() == {
+            (against, attack): expected if (against, attack) == ("FT", "WaNet") else 0
+            for against, attack in itertools.product(("FT", "none"), ATTACKS)
+        }
+    pd.testing.assert_frame_equal(  # it is the same comparison, only told as what it is
+        *(differences(rows, pairs).drop(columns="two_machines") for rows in (grid, split))
+    )
+    assert "of two machines" not in plots.difference_table(differences(grid, pairs))
+    shown = plots.difference_table(differences(split, pairs))
+    assert shown.loc[("ABD - FT", "WaNet", "ASR"), "of two machines"] == 2
+    told = {line: line.count("on two machines") for line in findings(differences(split, pairs))}
+    assert set(told.values()) == {0, 1}
+    assert all(("(seeds: 3, 2 of them on two machines)" in line) == ("of FT:" in line) for line in told)
+
+
+def test_the_aims_are_checked_by_means_of_the_seeds_that_both_sides_have(grid: pd.DataFrame):
+    rows = grid[(grid["defence"] != "CleanCLIP") | (grid["attack"] != "WaNet")]
+    result = aims(rows, ["ABD", "FT"])
+    assert set(result.index) == set(itertools.product(["ABD", "FT"], ATTACKS))
+    table = plots.aims_table(result)
+    for (defence, attack), row in result.iterrows():
+        ca, asr = ({name: values(rows, attack, name, m) for name in DEFENCES} for m in ("ca_top1", "asr"))
+        assert row["lost"] == pytest.approx((ca["none"] - ca[defence]).mean(), abs=1e-12)
+        assert row["asr"] == pytest.approx(asr[defence].mean(), abs=1e-12)
+        shown = table.loc[(defence, attack)]
+        assert shown["at most 5 points of CA lost?"] == ("yes" if row["lost"] <= 0.05 else "no")
+        for name in ("CleanCLIP", "PAR", "random erasing"):
+            apart = (asr[defence] - asr[name]).dropna()  # PAR has but one seed here
+            assert np.isnan(row[name]) == apart.empty
+            told = "not measured" if apart.empty else "yes" if apart.mean() < 0 else "no"
+            assert shown[f"ASR below {name}'s?"] == told
+    assert {"yes", "no", "not measured"} <= set(table.to_numpy().ravel())
+    assert plots.aims_table(aims(rows.iloc[:0], ["ABD"])).empty
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=12))
@@ -494,6 +537,7 @@ def test_the_dose_curve_has_a_point_for_each_share_at_the_mean_over_seeds():
         np.testing.assert_allclose(np.asarray(line.get_xdata(), dtype=float), [1, 10])
         np.testing.assert_allclose(np.asarray(line.get_ydata(), dtype=float), [15, 55])
         assert axes.get_legend_handles_labels()[1] == ["SIG"]  # BadNet has one dose only
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
 
 
 @pytest.mark.parametrize(
