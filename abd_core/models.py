@@ -49,9 +49,7 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
     """
     if name not in open_clip.list_models():
         raise unknown("model", name, open_clip.list_models())
-    cfg = open_clip.get_model_config(name)
-    own_text = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & set(cfg["text_cfg"])
-    if own_text or "multimodal_cfg" in cfg or cfg.get("custom_text") or "init_logit_bias" in cfg:
+    if not _plain(name):
         raise ConfigError(f"model {name!r}: only architectures with CLIP's own text tower and tokeniser can be used")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -63,6 +61,18 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
     towers.trim(model)
     model.architecture = name
     return model.to(device(), memory_format=torch.channels_last).eval()
+
+
+def architectures() -> list[str]:
+    """open_clip's architectures that `build` takes."""
+    return [name for name in open_clip.list_models() if _plain(name)]
+
+
+def _plain(name: str) -> bool:
+    """Whether it is a CLIP with CLIP's own text tower and tokeniser."""
+    cfg = open_clip.get_model_config(name)
+    own_text = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & set(cfg["text_cfg"])
+    return not (own_text or "multimodal_cfg" in cfg or cfg.get("custom_text") or "init_logit_bias" in cfg)
 
 
 def clean_weights() -> Path:

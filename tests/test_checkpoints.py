@@ -436,6 +436,12 @@ def test_a_tag_that_cannot_be_had_is_said_in_one_line(runs: Path, monkeypatch: p
         models.pretrained_weights("RN50-quickgelu", "openai")
 
 
+def test_the_architectures_that_can_be_used_are_plain_clips():
+    taken = models.architectures()
+    assert {models.EMBEDDED, models.FOREIGN, "ViT-B-32", "small-vit"} <= set(taken) <= set(open_clip.list_models())
+    assert not {"ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32"} & set(taken)
+
+
 def test_an_architecture_with_another_tokeniser_is_refused():
     with pytest.raises(ConfigError, match="only architectures with CLIP's own text tower and tokeniser"):
         models.build("ViT-B-16-SigLIP")
