@@ -362,13 +362,22 @@ def test_a_header_that_claims_more_than_the_file_is_refused_without_reading_it(l
 # --- activation ---------------------------------------------------------------------------------------------
 
 
-def test_a_resnet_that_does_not_tell_its_activation_is_taken_with_a_warning_under_gelu_only(tmp_path: Path):
-    torch.save(training_checkpoint(state(), "module."), tmp_path / "epoch_10.pt")
-    with pytest.warns(UserWarning, match="does not say its activation; small-rn computes GELU"):
-        models.load(tmp_path / "epoch_10.pt", name="small-rn")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        models.load(tmp_path / "epoch_10.pt", name="small-rn-quickgelu")
+@pytest.mark.parametrize("kind", ["rn", "vit"])
+def test_a_file_that_does_not_tell_its_activation_is_taken_with_a_line_on_which_one_is_computed(
+    kind: str, tmp_path: Path
+):
+    path = tmp_path / "epoch_10.pt"
+    torch.save(training_checkpoint(state(f"small-{kind}"), "module."), path)
+    for name, twin, titles in [
+        (f"small-{kind}", f"small-{kind}-quickgelu", ("GELU", "QuickGELU")),
+        (f"small-{kind}-quickgelu", f"small-{kind}", ("QuickGELU", "GELU")),
+    ]:
+        with pytest.warns(UserWarning) as said:
+            models.load(path, name=name)
+        (line,) = [str(warning.message) for warning in said]
+        expected = f"{path}: does not say its activation; {name} computes {titles[0]}: use model '{twin}' where it was "
+        assert line.startswith(f"{expected}trained with {titles[1]}")
+        assert ("the ResNets of OpenAI" in line) == (name == "small-rn")
 
 
 def test_our_own_files_say_their_activation(tmp_path: Path):
@@ -377,6 +386,9 @@ def test_our_own_files_say_their_activation(tmp_path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert models.load(tmp_path / "m.safetensors").architecture == name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert models.load(models.clean_weights()).architecture == models.EMBEDDED
 
 
 # --- where a stage starts -----------------------------------------------------------------------------------
