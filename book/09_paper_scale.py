@@ -15,8 +15,8 @@
 # Nothing of this was downloaded to make this book, and none of the paper's numbers has been reproduced with it. What is
 # here: the formats are read and tested on miniatures of the real thing, the steps were timed, and every setting of the
 # paper is in a file. `make test-slow` takes `RN50-quickgelu` at 224 px, with random weights in each foreign format,
-# through all stages on 240 JPEG files in each format of pairs, on a thousand test folders, and through the notebooks. The
-# rest is yours to run.
+# through all stages on 240 JPEG files in each format of pairs, and out again by the export; on a thousand test folders;
+# and through the notebooks. The rest is yours to run.
 #
 # ## What to download, and how to lay it out
 #

@@ -472,9 +472,10 @@ def test_the_real_architectures_go_through_a_foreign_file(name: str, side: int, 
 
 
 def write(kind: str, folder: Path) -> Path:
-    """Random weights of RN50 at 224 px in one of `FORMATS`, or as a "TorchScript" archive; returns their file.
+    """Random weights of RN50 at 224 px in one of `FORMATS`, or as OpenAI's has them; returns their file.
 
-    "CLIPModel" is a folder of transformers with a ViT-B/32: that library has no ResNet.
+    "TorchScript" is OpenAI's archive, "OpenAI state dict" what is in it, in half precision. "CLIPModel" is a folder of
+    transformers with a ViT-B/32: that library has no ResNet.
     """
     if kind == "CLIPModel":
         from transformers import CLIPConfig, CLIPModel
@@ -482,6 +483,9 @@ def write(kind: str, folder: Path) -> Path:
         CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")
         return folder / "clip"
     weights = state("RN50-quickgelu")
+    if kind == "OpenAI state dict":
+        torch.save(openai_state(weights), folder / "RN50.pt")
+        return folder / "RN50.pt"
     if kind != "TorchScript":
         file, save = FORMATS[kind]
         save(weights, folder / file)

@@ -29,11 +29,13 @@ from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.export import export
 from abd_core.grid import NOTEBOOKS, STAGES
 from abd_core.notebook import given_parameters, stage_configs
 from abd_core.paths import RunError, read_json
 from abd_core.poison import poison
 from abd_core.pretrain import PretrainConfig
+from abd_core.text import tokenize
 
 PROFILE = ROOT / "profiles" / "paper"
 
@@ -232,7 +234,26 @@ CHAINS = [  # every format of pairs, every foreign format of weights
     ("both", "compiled"),
     ("both", "scale of one element"),
     ("both", "CLIPModel"),
+    ("both", "OpenAI state dict"),
 ]
+
+
+def exported_is(model: open_clip.CLIP, out: Path) -> None:
+    """What open_clip loads from an exported folder, and transformers where it can, gives the features of `model`."""
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tokens = tokenize(["a picture of a banana.", "dog"], context_length=77)
+    theirs = open_clip.create_model(model.architecture, pretrained=str(out / "open_clip_model.safetensors")).eval()
+    with torch.no_grad():
+        image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(theirs.encode_image(images, normalize=True), image, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs.encode_text(tokens, normalize=True), text, rtol=1e-4, atol=1e-5)
+        assert (out / "config.json").exists() == model.architecture.startswith("ViT")
+        if (out / "config.json").exists():
+            from transformers import CLIPModel
+
+            output = CLIPModel.from_pretrained(out)(input_ids=tokens, pixel_values=images)
+            torch.testing.assert_close(output.image_embeds, image, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(output.text_embeds, text, rtol=1e-4, atol=1e-5)
 
 
 def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequence[str], **test: Any) -> dict[str, Any]:
@@ -262,7 +283,8 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     victim = poison(attacker)
     suspect = victim.file("model.safetensors")
     perturbation = adversary(searcher, suspect).file("perturbation.safetensors")
-    defended = defend(defender, suspect, perturbation=perturbation).file("model.safetensors")
+    run = defend(defender, suspect, perturbation=perturbation)
+    defended = run.file("model.safetensors")
     on_eval = EvaluateConfig(**inputs.test_inputs(defender))
     measured = measure(defended, trigger=victim.file("trigger.safetensors"), config=on_eval)
     assert (len(inputs.training_pairs(attacker.replace(limit=0), suspect)), victim.metrics["poisoned"]) == (240, 8)
@@ -270,6 +292,7 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     assert (after.architecture, models.resolution(after)) == (model, 224)
     changed = [n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])]
     assert len(changed) > 100
+    exported_is(after, export(run, folder / "exported"))
     print(f"{pairs}, {weights}: {measured.metrics}")
     return measured.metrics
 
