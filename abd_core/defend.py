@@ -37,7 +37,7 @@ def defend(
             that needs them.
 
     Its folder holds `model.safetensors` and, where the defence trains, `history.csv`; its metrics are what a defender
-    can know: the CA before and after, on the development split.
+    can know: the CA before and after, on the development split, and how many pairs it had.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -70,7 +70,8 @@ def defend(
         before = evaluate(model, test)
         defence.defend(model, folder)
         models.save(model, folder / "model.safetensors")
-        return {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
+        metrics: dict[str, Any] = {"before": before.to_dict(), "after": evaluate(model, test).to_dict()}
+        return metrics | {"pairs": len(pairs)} if kind.needs_pairs else metrics
 
     launch = launcher("defend", config, victim=victim, perturbation=perturbation, clean=clean)
     return load_or_make("defend", config, read, make, force=force, launch=launch if kind.needs_pairs else None)

@@ -133,9 +133,13 @@ def card(run: Run, *, name: str, transformers: bool) -> str:
             "",
         ]
     lines += ["## Metrics", "", *_metrics(run, inputs), ""]
-    lines += ["## Data and inputs", "", "Digests (SHA-256) of what the run read.", ""]
-    lines += _table(("input", "digest"), sorted(inputs.items()))
+    lines += ["## Data and inputs", "", "Where the run found its data, and digests (SHA-256) of all that it read.", ""]
+    lines += _table(("data", "place or number"), _data(run, record, inputs))
+    lines += ["", *_table(("input", "digest"), sorted(inputs.items()))]
     lines += ["", "## Settings", "", *_table(("setting", "value"), config.items()), ""]
+    if "perturbation" in inputs:
+        lines += ["The perturbation that it was given was searched with:", ""]
+        lines += [*_table(("setting", "value"), _search(run, inputs["perturbation"]).items()), ""]
     lines += ["## Environment", "", *_table(("", ""), record.get("environment", {}).items()), ""]
     return "\n".join(lines)
 
@@ -143,6 +147,22 @@ def card(run: Run, *, name: str, transformers: bool) -> str:
 def _published(name: str) -> bool:
     """Whether open_clip itself brings the architecture."""
     return (Path(open_clip.__file__).parent / "model_configs" / f"{name}.json").is_file()
+
+
+def _data(run: Run, record: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What a run read, as far as it says: where it was, and how many pairs."""
+    read = ("pairs", "test_images") if "pairs" in inputs else ("test_images",)
+    places = dict.fromkeys(read, "the embedded benchmark's") | record.get("places", {})
+    count = {"number of pairs": run.metrics["pairs"]} if "pairs" in run.metrics else {}
+    return list((places | count).items())
+
+
+def _search(run: Run, perturbation: str) -> Mapping[str, Any]:
+    """Settings of the adversary's run, beside this one's stage, that made the perturbation of that digest."""
+    for manifest in sorted((run.folder.parent.parent / "adversary").glob("*/manifest.json")):
+        if read_json(manifest).get("perturbation.safetensors") == perturbation:
+            return read_json(manifest.with_name("config.json"))["config"]
+    return {"unknown": "its run is not among this one's"}
 
 
 def _metrics(run: Run, inputs: Mapping[str, Any]) -> list[str]:
@@ -195,7 +215,7 @@ def _escaped(value: Any) -> str:
     """A value as one line of Markdown that shows it: no markup, no HTML, no cell border, no line break in it."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     text = "".join(c if c.isprintable() else " " for c in text)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@^-])", r"\\\1", html.escape(text))
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$:@^-])", r"\\\1", html.escape(text, quote=False))
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,9 +49,7 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
     """
     if name not in open_clip.list_models():
         raise unknown("model", name, open_clip.list_models())
-    cfg = open_clip.get_model_config(name)
-    own_text = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & set(cfg["text_cfg"])
-    if own_text or "multimodal_cfg" in cfg or cfg.get("custom_text") or "init_logit_bias" in cfg:
+    if not _plain(name):
         raise ConfigError(f"model {name!r}: only architectures with CLIP's own text tower and tokeniser can be used")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -63,6 +61,18 @@ def build(name: str = EMBEDDED, *, seed: int = 0) -> open_clip.CLIP:
     towers.trim(model)
     model.architecture = name
     return model.to(device(), memory_format=torch.channels_last).eval()
+
+
+def architectures() -> list[str]:
+    """open_clip's architectures that `build` takes."""
+    return [name for name in open_clip.list_models() if _plain(name)]
+
+
+def _plain(name: str) -> bool:
+    """Whether it is a CLIP with CLIP's own text tower and tokeniser."""
+    cfg = open_clip.get_model_config(name)
+    own_text = {"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & set(cfg["text_cfg"])
+    return not (own_text or "multimodal_cfg" in cfg or cfg.get("custom_text") or "init_logit_bias" in cfg)
 
 
 def clean_weights() -> Path:
@@ -130,7 +140,8 @@ def load(path: Path, *, name: str = "", quick_gelu: bool | None = None) -> open_
     """The CLIP stored at `path`, in eval mode: one of `save`, or one that others stored (see `checkpoints`).
 
     Where it is known that the weights were trained with another activation than the architecture's (QuickGELU against
-    GELU: a loss of accuracy that nothing else shows), a warning says so.
+    GELU: a loss of accuracy that nothing else shows), a warning says so; where the file does not tell, it says which
+    one is computed.
 
     Args:
         name: its open_clip architecture; "": the one that the file names, or else `FOREIGN`.
@@ -182,21 +193,23 @@ def _same_but_activation(one: str, other: str) -> bool:
 
 
 def _say_activation(name: str, checkpoint: checkpoints.Checkpoint, quick_gelu: bool | None, path: Path) -> None:
-    """Warn where the weights were trained with another activation than `name` computes."""
+    """Warn where the weights were trained with another activation than `name` computes, or do not say with which."""
     if quick_gelu is None:
         quick_gelu = _cfg(checkpoint.name)["quick_gelu"] if checkpoint.name else checkpoint.quick_gelu
     titles, here = {True: "QuickGELU", False: "GELU"}, _cfg(name)["quick_gelu"]
-    if quick_gelu is not None and quick_gelu != here:
-        twins = [twin for twin in open_clip.list_models() if twin != name and _same_but_activation(twin, name)]
+    if quick_gelu == here:
+        return
+    twins = [twin for twin in open_clip.list_models() if twin != name and _same_but_activation(twin, name)]
+    if quick_gelu is not None:
         hint = f": use model {twins[0]!r}" if twins else ""
-        text = f"{path}: trained with {titles[quick_gelu]}, but {name} computes {titles[here]}{hint}"
-        warnings.warn(text, stacklevel=3)
-    elif quick_gelu is None and not here and isinstance(_cfg(name)["vision_cfg"].get("layers"), list):
-        warnings.warn(
-            f"{path}: does not say its activation; {name} computes GELU, while the ResNets of OpenAI, open_clip and "
-            f"CleanCLIP's code were trained with QuickGELU: use model '{name}-quickgelu' unless these were not",
-            stacklevel=3,
-        )
+        text = f"trained with {titles[quick_gelu]}, but {name} computes {titles[here]}{hint}"
+    else:
+        text = f"does not say its activation; {name} computes {titles[here]}"
+        if twins:
+            text += f": use model {twins[0]!r} where it was trained with {titles[not here]}"
+        if not here and isinstance(_cfg(name)["vision_cfg"].get("layers"), list):
+            text += ", as the ResNets of OpenAI, open_clip and CleanCLIP's code were"
+    warnings.warn(f"{path}: {text}", stacklevel=3)
 
 
 def frozen(model: open_clip.CLIP) -> open_clip.CLIP:

@@ -405,6 +405,29 @@ def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     return figure
 
 
+def shares(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, of: str, title: str) -> Figure:
+    """Ratios as shares, a row a device and variant and a bar a metric in it.
+
+    Args:
+        benchmarks: rows as `results.read_benchmarks` gives them.
+        metrics: metric -> what it is called.
+        of: what a ratio is a share of.
+    """
+    rows = benchmarks[benchmarks["metric"].isin(metrics) & benchmarks["ratio"].notna()]
+    if rows.empty:
+        return _without_rows(title)
+    rows = rows.assign(
+        row=[escape.figure(f"{device}: {name}") for device, name in zip(rows["device"], rows["variant"], strict=True)],
+        metric=rows["metric"].map(metrics),
+    )
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.4 * rows["row"].nunique()), layout="constrained")
+    sns.barplot(rows, y="row", x="ratio", hue="metric", palette=_colours(list(metrics.values())), ax=axes)
+    axes.axvline(1, color="0.3", linewidth=1)
+    axes.set(xlabel=f"share of {of}", ylabel="", title=escape.figure(title))
+    sns.move_legend(axes, "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    return figure
+
+
 def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str) -> Figure:
     """Achieved operations a second against operations a byte, under the ceilings measured in the same run.
 

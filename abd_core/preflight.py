@@ -8,6 +8,8 @@ The hours are projected from a rehearsal: the stage's own training steps, on its
 from __future__ import annotations
 
 import argparse
+import gc
+import math
 import resource
 import shutil
 import statistics
@@ -35,7 +37,7 @@ from abd_core.poison import PoisonConfig, drawn_trigger
 from abd_core.text import tokenize
 from abd_core.triggers import TRIGGERS
 
-STEPS, WARM = 20, 5  # of a rehearsal; so many of them are not counted
+STEPS, WARM = 20, 5  # of a rehearsal: so many are counted at least, after so many that are not
 SAMPLE = 256  # captions and test images that are looked at
 GIB = 1 << 30
 # Settings of poisoning that its rehearsal by plain fine-tuning shares.
@@ -60,10 +62,14 @@ class Check:
 
 
 class _Timed:
-    """The same pairs, with a note of when images were asked for since the last plan."""
+    """The same pairs, with a note of when each batch's images were asked for since the last plan.
+
+    Once the training is warm, reading ahead begins anew: what workers read while the first steps took their time would
+    hide how fast they are.
+    """
 
     def __init__(self, pairs: TrainingPairs) -> None:
-        self.pairs, self.times = pairs, list[float]()
+        self.pairs, self.batches, self.times = pairs, list[torch.Tensor](), list[float]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pairs, name)
@@ -72,17 +78,36 @@ class _Timed:
         return len(self.pairs)
 
     def plan(self, batches: Iterable[torch.Tensor]) -> None:
+        self.batches = list(batches)
         self.times.clear()
-        self.pairs.plan(batches)
+        self.pairs.plan(self.batches)
 
     def images(self, indices: torch.Tensor, *, seed: int, step: int) -> torch.Tensor:
+        if self.batches and len(self.times) == WARM:
+            self.pairs.plan(self.batches[WARM:])
         self.times.append(time.perf_counter())
         return self.pairs.images(indices, seed=seed, step=step)
 
     def seconds(self) -> float:
-        """Median seconds between two batches, the first ones left out."""
-        gaps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
-        return statistics.median(gaps[min(WARM, len(gaps) - 1) :])
+        """Mean seconds from one batch to the next, after those that the workers began with.
+
+        Workers that are slower than the training deliver in bursts, of a batch each: most gaps are next to nothing, and
+        a mean over whole rounds of them is their rate. Of fewer batches, the later half counts.
+        """
+        times = self.times if len(self.times) > 1 else [*self.times, time.perf_counter()]
+        counted = times[_skipped() if len(times) >= _rehearsal() else (len(times) - 1) // 2 :]
+        return (counted[-1] - counted[0]) / (len(counted) - 1)
+
+
+def _skipped() -> int:
+    """Batches of a rehearsal that are not counted: the training's first, and those that workers read at once."""
+    return WARM + 2 * formats.workers()
+
+
+def _rehearsal() -> int:
+    """Batches of a whole rehearsal: as many gaps between them as are whole rounds of the workers are counted."""
+    workers = max(1, formats.workers())
+    return _skipped() + math.ceil(STEPS / workers) * workers + 1
 
 
 def preflight(*configs: Any) -> None:
@@ -142,6 +167,7 @@ def _checks(configs: Sequence[Any]) -> Iterable[Check]:
         for config in configs:
             stage = next(name for name, kind in STAGES.items() if isinstance(config, kind))
             yield tried(stage, lambda c=config: _rehearsed(c, clean, found["pairs"], found["test images"]))  # type: ignore[misc]
+            _free()  # for the next, and for the ranks that will start beside this process
 
 
 def _weights(config: TrainInputs) -> tuple[str, Path]:
@@ -217,7 +243,8 @@ def _disk(configs: Sequence[Any], clean: Path) -> tuple[str, None]:
 def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) -> tuple[str, float]:
     """Run `STEPS` steps of a stage, and say what they tell of the whole."""
     own = pairs if isinstance(config, PoisonConfig) else pairs.subset(config.share, seed=config.seed)
-    few = _Timed(own.take(range(min(len(own), max(STEPS, getattr(config, "accumulate", 1)) * config.batch_size))))
+    batches = max(_rehearsal(), getattr(config, "accumulate", 1))
+    few = _Timed(own.take(range(min(len(own), batches * config.batch_size))))
     model = models.load(clean)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -225,7 +252,7 @@ def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) ->
         if isinstance(config, AdversaryConfig):
             total = config.steps
             frozen = models.frozen(model)
-            search(config.replace(steps=min(STEPS, total)), few, frozen, frozen, Path(folder))
+            search(config.replace(steps=min(batches, total)), few, frozen, frozen, Path(folder))
         else:
             defence = _defence(config, few, clean, models.resolution(model))
             if defence is None:
@@ -235,7 +262,16 @@ def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) ->
     step = few.seconds()
     hours = (step * total + _evaluations(config, test) * _evaluation_seconds(model, test)) / 3600
     rate = config.batch_size / step
-    return f"{hours:.2g} hours: {total} steps, {rate:.3g} pairs/s with {formats.workers()} workers; {_memory()}", hours
+    text = f"{hours:.2g} hours: {total} steps, {rate:.3g} pairs/s with {formats.workers()} workers; {_memory()}"
+    if (processes := getattr(config, "num_processes", 1)) > 1:
+        text += f"; all of one process, not of {processes}"
+    return text, hours
+
+
+def _free() -> None:
+    """Give the GPU back what torch keeps of it for later."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _defence(config: Any, pairs: Any, clean: Path, size: int) -> FineTuningDefence | None:
@@ -273,10 +309,12 @@ def _evaluation_seconds(model: Any, test: TestSet) -> float:
 
 
 def _memory() -> str:
+    """The most memory taken: on the GPU by this rehearsal, CUDA graphs' included; else by this process so far."""
     if torch.cuda.is_available():
-        used, whole = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory
+        used, whole = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
         return f"GPU memory {used / GIB:.1f} of {whole / GIB:.1f} GiB"
-    return f"memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB:.1f} GiB"
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"memory up to here {used / GIB:.1f} GiB, and the workers'"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -362,13 +362,22 @@ def test_a_header_that_claims_more_than_the_file_is_refused_without_reading_it(l
 # --- activation ---------------------------------------------------------------------------------------------
 
 
-def test_a_resnet_that_does_not_tell_its_activation_is_taken_with_a_warning_under_gelu_only(tmp_path: Path):
-    torch.save(training_checkpoint(state(), "module."), tmp_path / "epoch_10.pt")
-    with pytest.warns(UserWarning, match="does not say its activation; small-rn computes GELU"):
-        models.load(tmp_path / "epoch_10.pt", name="small-rn")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        models.load(tmp_path / "epoch_10.pt", name="small-rn-quickgelu")
+@pytest.mark.parametrize("kind", ["rn", "vit"])
+def test_a_file_that_does_not_tell_its_activation_is_taken_with_a_line_on_which_one_is_computed(
+    kind: str, tmp_path: Path
+):
+    path = tmp_path / "epoch_10.pt"
+    torch.save(training_checkpoint(state(f"small-{kind}"), "module."), path)
+    for name, twin, titles in [
+        (f"small-{kind}", f"small-{kind}-quickgelu", ("GELU", "QuickGELU")),
+        (f"small-{kind}-quickgelu", f"small-{kind}", ("QuickGELU", "GELU")),
+    ]:
+        with pytest.warns(UserWarning) as said:
+            models.load(path, name=name)
+        (line,) = [str(warning.message) for warning in said]
+        expected = f"{path}: does not say its activation; {name} computes {titles[0]}: use model '{twin}' where it was "
+        assert line.startswith(f"{expected}trained with {titles[1]}")
+        assert ("the ResNets of OpenAI" in line) == (name == "small-rn")
 
 
 def test_our_own_files_say_their_activation(tmp_path: Path):
@@ -377,6 +386,9 @@ def test_our_own_files_say_their_activation(tmp_path: Path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert models.load(tmp_path / "m.safetensors").architecture == name
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert models.load(models.clean_weights()).architecture == models.EMBEDDED
 
 
 # --- where a stage starts -----------------------------------------------------------------------------------
@@ -436,6 +448,12 @@ def test_a_tag_that_cannot_be_had_is_said_in_one_line(runs: Path, monkeypatch: p
         models.pretrained_weights("RN50-quickgelu", "openai")
 
 
+def test_the_architectures_that_can_be_used_are_plain_clips():
+    taken = models.architectures()
+    assert {models.EMBEDDED, models.FOREIGN, "ViT-B-32", "small-vit"} <= set(taken) <= set(open_clip.list_models())
+    assert not {"ViT-B-16-SigLIP", "coca_ViT-B-32", "roberta-ViT-B-32"} & set(taken)
+
+
 def test_an_architecture_with_another_tokeniser_is_refused():
     with pytest.raises(ConfigError, match="only architectures with CLIP's own text tower and tokeniser"):
         models.build("ViT-B-16-SigLIP")
@@ -454,9 +472,10 @@ def test_the_real_architectures_go_through_a_foreign_file(name: str, side: int, 
 
 
 def write(kind: str, folder: Path) -> Path:
-    """Random weights of RN50 at 224 px in one of `FORMATS`, or as a "TorchScript" archive; returns their file.
+    """Random weights of RN50 at 224 px in one of `FORMATS`, or as OpenAI's has them; returns their file.
 
-    "CLIPModel" is a folder of transformers with a ViT-B/32: that library has no ResNet.
+    "TorchScript" is OpenAI's archive, "OpenAI state dict" what is in it, in half precision. "CLIPModel" is a folder of
+    transformers with a ViT-B/32: that library has no ResNet.
     """
     if kind == "CLIPModel":
         from transformers import CLIPConfig, CLIPModel
@@ -464,6 +483,9 @@ def write(kind: str, folder: Path) -> Path:
         CLIPModel(CLIPConfig()).save_pretrained(folder / "clip")
         return folder / "clip"
     weights = state("RN50-quickgelu")
+    if kind == "OpenAI state dict":
+        torch.save(openai_state(weights), folder / "RN50.pt")
+        return folder / "RN50.pt"
     if kind != "TorchScript":
         file, save = FORMATS[kind]
         save(weights, folder / file)

@@ -16,6 +16,7 @@ from conftest import ARCHITECTURE, ROOT
 
 from abd_core import export as exporting
 from abd_core import models
+from abd_core.adversary import AdversaryConfig
 from abd_core.config import Config
 from abd_core.data import load_test_set
 from abd_core.defend import DefendConfig, defend
@@ -158,6 +159,35 @@ def test_the_card_has_data_settings_and_metrics_before_and_after(stand_in: Path,
     assert f"| after | dev | clean accuracy, top\\-1 | {100 * own['value']:.1f} |" in text
     assert evaluate(models.load(victim), test).ca[1].n == measured["before"]["ca_top1"]["n"]
     assert f"| victim | {sha256(victim)} |" in text and "| seed | 5 |" in text and "Trigger-blind" in text
+
+
+def test_the_card_says_where_the_data_was_how_many_pairs_and_how_the_perturbation_was_searched(
+    resnet: open_clip.CLIP, tmp_path: Path
+):
+    def search(folder: Path) -> dict:
+        (folder / "perturbation.safetensors").write_bytes(b"pixels")
+        return {}
+
+    found = load_or_make("adversary", AdversaryConfig(width=16, tau=0.07), {}, search)
+    digests = {"pairs": "ab" * 32, "perturbation": sha256(found.file("perturbation.safetensors"))}
+
+    def defended(config: DefendConfig, digests: Mapping[str, str]) -> str:
+        def make(folder: Path) -> dict:
+            models.save(resnet, folder / "model.safetensors")
+            return {"before": {}, "after": {}, "pairs": 1234}
+
+        out = tmp_path / str(config.seed)
+        return (export(load_or_make("defend", config, digests, make), out) / "README.md").read_text()
+
+    text = defended(DefendConfig(defence="abd", pairs="cc3m/{0..9}.tar", seed=1), digests)
+    assert "| pairs | cc3m/\\{0..9\\}.tar |" in text and "| test\\_images | the embedded benchmark's |" in text
+    assert "| number of pairs | 1234 |" in text
+    assert "| tau | 0.07 |" in text and "| width | 16 |" in text
+    other = defended(DefendConfig(defence="abd", seed=2), {**digests, "perturbation": "cd" * 32})
+    assert "| pairs | the embedded benchmark's |" in other and "its run is not among" in other
+    assert "| tau |" not in other
+    without = defended(DefendConfig(defence="clean", seed=3), {"victim": "ab" * 32})
+    assert "| pairs |" not in without and "perturbation" not in without
 
 
 def test_a_measurement_of_other_weights_is_not_on_the_card(resnet: open_clip.CLIP, tmp_path: Path):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import functools
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ import papermill
 import pytest
 import test_checkpoints
 import test_labelled
+import test_notebooks
 import torch
 from conftest import ROOT
 
@@ -25,11 +29,13 @@ from abd_core.adversary import adversary
 from abd_core.config import ConfigError
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
+from abd_core.export import export
 from abd_core.grid import NOTEBOOKS, STAGES
 from abd_core.notebook import given_parameters, stage_configs
 from abd_core.paths import RunError, read_json
 from abd_core.poison import poison
 from abd_core.pretrain import PretrainConfig
+from abd_core.text import tokenize
 
 PROFILE = ROOT / "profiles" / "paper"
 
@@ -69,6 +75,41 @@ def test_each_setting_of_the_profile_can_be_overridden():
     changed = {**profile("03_defend"), "poison_lr": 1e-5, "limit": 1000, "pretrained": "mine.pt"}
     attacker, _, defender = stage_configs(changed, **STAGES)
     assert (attacker.lr, attacker.limit, defender.limit, defender.pretrained) == (1e-5, 1000, 1000, "mine.pt")
+
+
+def commands() -> list[tuple[str, str]]:
+    """Where the book and the README call a notebook, the preflight or the grid, and the command line."""
+    called = re.compile(r"(?:papermill (?=\S*book/)|python -m abd_core\.(?:preflight|grid) )[^`\n]*-[fp] [^`\n]*")
+    found = []
+    for path in [ROOT / "README.md", ROOT / "book" / "intro.md", *sorted((ROOT / "book").glob("*.py"))]:
+        text = re.sub(r"(?m)^# ?", "", path.read_text(encoding="utf-8")) if path.suffix == ".py" else path.read_text()
+        found += [(path.name, line) for line in called.findall(re.sub(r"\\\n\s*", "", text))]
+    return found
+
+
+def test_the_commands_of_the_book_are_found():
+    own = [line for name, line in commands() if name == "09_paper_scale.py"]
+    assert sum("profiles/paper/" in line for line in own) == 4
+    assert any("-p num_processes 8" in line for line in own)
+    assert {"README.md", "intro.md", "01_poison.py"} <= {name for name, _ in commands()}
+
+
+@pytest.mark.parametrize(("where", "line"), commands())
+def test_the_parameters_of_every_command_in_the_book_are_those_of_its_stages(where: str, line: str, tmp_path: Path):
+    (places,) = re.findall(r"# ```yaml\n(.*?)# ```", (ROOT / "book" / "09_paper_scale.py").read_text(), re.S)
+    (tmp_path / "mine.yaml").write_text(re.sub(r"(?m)^# ", "", places))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-f", action="append", default=[])
+    parser.add_argument("-p", action="append", default=[], nargs=2)
+    given, rest = parser.parse_known_args(shlex.split(line, comments=True))
+    files = [tmp_path / name if name == "mine.yaml" else ROOT / name for name in given.f]
+    notebook = next((Path(word).stem for word in rest if word.endswith(".ipynb")), None)
+    stages = test_notebooks.STAGES[notebook] if notebook else STAGES
+    configs = stage_configs(given_parameters(files, given.p), **stages)
+    if "mine.yaml" in given.f and "results" not in stages:
+        assert {config.pairs for config in configs} == {"/data/cc3m/{00000..00331}.tar"}
+    if ["num_processes", "8"] in given.p:
+        assert [getattr(config, "num_processes", 1) for config in configs] == [8, 1, 8]
 
 
 def test_the_second_setting_is_rn50_at_the_embedded_benchmark_s_size():
@@ -193,7 +234,26 @@ CHAINS = [  # every format of pairs, every foreign format of weights
     ("both", "compiled"),
     ("both", "scale of one element"),
     ("both", "CLIPModel"),
+    ("both", "OpenAI state dict"),
 ]
+
+
+def exported_is(model: open_clip.CLIP, out: Path) -> None:
+    """What open_clip loads from an exported folder, and transformers where it can, gives the features of `model`."""
+    images = torch.rand(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    tokens = tokenize(["a picture of a banana.", "dog"], context_length=77)
+    theirs = open_clip.create_model(model.architecture, pretrained=str(out / "open_clip_model.safetensors")).eval()
+    with torch.no_grad():
+        image, text = model.encode_image(images, normalize=True), model.encode_text(tokens, normalize=True)
+        torch.testing.assert_close(theirs.encode_image(images, normalize=True), image, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(theirs.encode_text(tokens, normalize=True), text, rtol=1e-4, atol=1e-5)
+        assert (out / "config.json").exists() == model.architecture.startswith("ViT")
+        if (out / "config.json").exists():
+            from transformers import CLIPModel
+
+            output = CLIPModel.from_pretrained(out)(input_ids=tokens, pixel_values=images)
+            torch.testing.assert_close(output.image_embeds, image, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(output.text_embeds, text, rtol=1e-4, atol=1e-5)
 
 
 def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequence[str], **test: Any) -> dict[str, Any]:
@@ -223,7 +283,8 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     victim = poison(attacker)
     suspect = victim.file("model.safetensors")
     perturbation = adversary(searcher, suspect).file("perturbation.safetensors")
-    defended = defend(defender, suspect, perturbation=perturbation).file("model.safetensors")
+    run = defend(defender, suspect, perturbation=perturbation)
+    defended = run.file("model.safetensors")
     on_eval = EvaluateConfig(**inputs.test_inputs(defender))
     measured = measure(defended, trigger=victim.file("trigger.safetensors"), config=on_eval)
     assert (len(inputs.training_pairs(attacker.replace(limit=0), suspect)), victim.metrics["poisoned"]) == (240, 8)
@@ -231,6 +292,7 @@ def through_all_stages(folder: Path, pairs: str, weights: str, *, names: Sequenc
     assert (after.architecture, models.resolution(after)) == (model, 224)
     changed = [n for n, t in after.state_dict().items() if not torch.equal(t, before.state_dict()[n])]
     assert len(changed) > 100
+    exported_is(after, export(run, folder / "exported"))
     print(f"{pairs}, {weights}: {measured.metrics}")
     return measured.metrics
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import miniature
 import pytest
@@ -30,6 +32,7 @@ def outside(stand_in: Path, runs: Path, tmp_path: Path, monkeypatch: pytest.Monk
         (runs / "cache" / path.name).symlink_to(path)
     monkeypatch.setenv("ABD_WORKERS", "0")
     monkeypatch.setattr(preflight_module, "STEPS", 4)
+    monkeypatch.setattr(preflight_module, "WARM", 1)
     miniature.write_folders(tmp_path / "test", each=10)
     (tmp_path / "names.txt").write_text("\n".join(miniature.THINGS))
     return {
@@ -180,6 +183,68 @@ def test_the_hours_are_the_steps_times_the_seconds_of_one(outside, monkeypatch):
     for config, steps in ((poison, 60), (adversary, 7), (defend, 25)):
         _, hours = preflight_module._rehearsed(config, clean, pairs, test)
         assert hours == pytest.approx(2 * steps / 3600)
+
+
+class Readers:
+    """Workers on a clock of their own: each takes `seconds` for a batch, and two batches a worker are under way."""
+
+    def __init__(self, clock: list[float], workers: int, seconds: float) -> None:
+        self.clock, self.workers, self.seconds = clock, workers, seconds
+
+    def plan(self, batches: Iterable[torch.Tensor]) -> None:
+        self.free, self.ready, self.taken = [self.clock[0]] * self.workers, list[float](), 0
+        self.left = len(list(batches))
+        for _ in range(2 * self.workers):
+            self.begin()
+
+    def begin(self) -> None:
+        if self.left > len(self.ready):
+            worker = len(self.ready) % self.workers
+            self.free[worker] = max(self.free[worker], self.clock[0]) + self.seconds
+            self.ready.append(self.free[worker])
+
+    def images(self, indices: torch.Tensor, *, seed: int, step: int) -> None:
+        self.clock[0] = max(self.clock[0], self.ready[self.taken])
+        self.taken += 1
+        self.begin()
+
+
+@pytest.mark.parametrize("workers", [1, 4, 16])
+@pytest.mark.parametrize("reading", [0.5, 0.9, 1.1, 2.0, 10.0])
+def test_the_rate_is_that_of_the_readers_where_they_are_slower_and_of_the_steps_where_these_are(
+    workers: int, reading: float, monkeypatch: pytest.MonkeyPatch
+):
+    """A step takes a second and the first one 100, in which the readers fill all that they may read ahead."""
+    clock = [0.0]
+    monkeypatch.setenv("ABD_WORKERS", str(workers))
+    monkeypatch.setattr(preflight_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    timed = preflight_module._Timed(Readers(clock, workers, reading * workers))
+    batches = torch.arange(preflight_module._rehearsal()).split(1)
+    timed.plan(batches)
+    for step, batch in enumerate(batches):
+        timed.images(batch, seed=0, step=step)
+        clock[0] += 1.0 if step else 100.0
+    assert timed.seconds() == pytest.approx(max(1.0, reading), rel=0.02)
+
+
+def test_few_batches_and_a_single_one_have_a_rate_too(monkeypatch: pytest.MonkeyPatch):
+    clock = [0.0]
+    monkeypatch.setenv("ABD_WORKERS", "4")
+    monkeypatch.setattr(preflight_module, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for count in (1, 2, 3, 7):
+        timed = preflight_module._Timed(Readers(clock, 4, 0.0))
+        timed.plan(torch.arange(count).split(1))
+        for step in range(count):
+            timed.images(torch.tensor([step]), seed=0, step=step)
+            clock[0] += 3.0
+        assert timed.seconds() == pytest.approx(3.0)
+
+
+def test_figures_of_one_process_are_said_to_be_where_several_will_train(outside, capsys):
+    preflight(*configs(outside)[:1])
+    assert "one process" not in screen(capsys)["poison"]
+    preflight(configs(outside)[0].replace(num_processes=2))
+    assert screen(capsys)["poison"].endswith("all of one process, not of 2")
 
 
 @pytest.mark.slow

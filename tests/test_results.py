@@ -540,6 +540,18 @@ def test_the_dose_curve_has_a_point_for_each_share_at_the_mean_over_seeds():
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
 
 
+def test_the_shares_are_the_ratios_a_bar_each_under_their_own_names():
+    rows = [("a", "speed", 0.5), ("a", "CPU time", 0.75), ("b $", "speed", 1.25), ("b $", "start", np.nan)]
+    table = pd.DataFrame(rows, columns=["variant", "metric", "ratio"]).assign(device="D")
+    figure = plots.shares(table, {"speed": "clock", "CPU time": "cores"}, of="all", title="t")
+    (axes,) = figure.axes
+    bars = sorted(patch.get_width() for patch in axes.patches if patch.get_width())
+    assert bars == [0.5, 0.75, 1.25] and axes.get_xlabel() == "share of all"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["D: a", r"D: b \$"]
+    assert axes.get_legend_handles_labels()[1] == ["clock", "cores"]
+    assert "no rows yet" in [text.get_text() for text in plots.shares(table, {}, of="", title="t").axes[0].texts]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
