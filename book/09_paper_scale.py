@@ -88,6 +88,9 @@
 # setting of it. `accumulate` averages the gradients of several batches in one step; `micro_batch` encodes a few rows at a
 # time, for contrastive batches that do not fit.
 #
+# With `-p checkpoint suspect.pt`, notebook 3 defends a model of your own instead: no attack is run, and `pretrained` is what
+# the model was made from.
+#
 # A job for torchrun is `{"stage": "poison", "config": {...}}`, with the names and values of `01_poison.yaml` and
 # `mine.yaml`; the top of `abd_core/launch.py` has that of a defence. A notebook with the same settings finds what it made.
 #
