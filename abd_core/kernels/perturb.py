@@ -189,27 +189,29 @@ def _run_backward(
 
         return backward(grad, images, patterns, places, weights, std, needed)
     window, keep, gain, chosen = _windows(images, patterns, places, weights)
-    whole = window is None
-    if whole:  # in the layout of the gradient, which is read beside it
-        form = layout(grad)
-        x, through, chosen = _floats(images, patterns.dtype, form), grad, chosen.contiguous(memory_format=form)
-    else:
-        x, through = _floats(images.permute(0, 2, 3, 1)[window], patterns.dtype), grad.permute(0, 2, 3, 1)[window]
-        chosen = chosen.permute(0, 2, 3, 1)
-    x.mul_(keep).add_(gain * chosen)
-    through = torch.mul(through, (x >= 0).logical_and_(x <= 1), out=x)  # in the place of what is not needed any more
+    whole, form = window is None, layout(grad)
+    last = not whole or form == torch.channels_last  # the order in memory, in which sums over the batch are fast
+    x, through = _floats(images, patterns.dtype, form) if whole else images, grad
+    if last:
+        x, through, chosen = (tensor.permute(0, 2, 3, 1) for tensor in (x, through, chosen))
+    if not whole:
+        x, through = _floats(x[window], patterns.dtype), through[window]
+    x.mul_(keep).add_(gain * chosen.contiguous())
+    through = x.eq_(x.clamp(0, 1)).mul_(through)  # 1 where the gradient passes, else 0: in the values' place
     of_images = of_patterns = patterns.new_empty(0)
     deviation = patterns.new_tensor(std or [1.0]).view(-1, 1, 1)
     if needed[0]:
-        of_images = through * keep if whole else grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
-        if not whole and len(patterns):
+        if whole:
+            of_images = (through * keep).permute(0, 3, 1, 2) if last else through * keep
+        else:
+            of_images = grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
             of_images.permute(0, 2, 3, 1)[window] = through * keep
         of_images = of_images.div_(deviation).to(images.dtype, memory_format=layout(images))
     if needed[1]:
         # One pattern after the other, in a fixed order: index_add has none on a GPU.
         taken = [through] if len(keep) == 1 else [through[places[0] == i] for i in range(len(patterns))]
         of_patterns = torch.stack([weight * part.sum(0) for weight, part in zip(weights[1], taken, strict=True)])
-        of_patterns = (of_patterns if whole else of_patterns.permute(0, 3, 1, 2)) / deviation
+        of_patterns = (of_patterns.permute(0, 3, 1, 2) if last else of_patterns) / deviation
         of_patterns = of_patterns.contiguous()
     return of_images, of_patterns
 
@@ -270,7 +272,12 @@ def _floats(
     pixels: torch.Tensor, dtype: torch.dtype, form: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
     """A copy of pixels, bytes divided by 255."""
-    x = pixels.to(dtype, memory_format=form, copy=True)
+    if form == layout(pixels):
+        x = pixels.to(dtype, memory_format=form, copy=True)
+    else:  # channel by channel, which on a CPU is some times as fast as all at once
+        x = torch.empty(pixels.shape, dtype=dtype, device=pixels.device, memory_format=form)
+        for channel, source in zip(x.unbind(1), pixels.unbind(1), strict=True):
+            channel.copy_(source)
     return x.div_(255) if pixels.dtype == torch.uint8 else x
 
 
