@@ -3,6 +3,7 @@ where there is no GPU (`conftest.py`)."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from conftest import runs_here, start_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abd_core import losses
+from abd_core.config import ConfigError
 from abd_core.kernels import infonce, infonce_triton
 from abd_core.kernels.infonce import info_nce
 
@@ -240,6 +242,23 @@ def test_the_module_is_called_like_open_clip_s():
     told = ours(*tensors, logit_bias=bias, output_dict=True)
     assert told.keys() == theirs(*tensors, logit_bias=bias, output_dict=True).keys()
     torch.testing.assert_close(told["contrastive_loss"], theirs(*tensors, logit_bias=bias), rtol=1e-5, atol=0)
+
+
+def test_the_module_is_made_like_open_clip_s():
+    ours, theirs = (inspect.signature(kind).parameters for kind in (losses.ClipLoss, open_clip.ClipLoss))
+    assert [*ours] == [*theirs]
+    assert {n for n in ours if ours[n].default != theirs[n].default} == {"gather_with_grad"}  # theirs is not exact
+    tensors, _ = draw("clip", torch.float32)
+    made = losses.ClipLoss(True, False, True, 0, 1, False)
+    assert torch.equal(made(*tensors), losses.ClipLoss()(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("option", "word"), [({"use_horovod": True}, "False expected"), ({"gather_with_grad": False}, "True expected")]
+)
+def test_what_of_open_clip_s_module_has_no_counterpart_is_refused(option: dict[str, bool], word: str):
+    with pytest.raises(ConfigError, match=rf"^ClipLoss\.{next(iter(option))} = .*: {word}, [^\n]*$"):
+        losses.ClipLoss(world_size=2, **option)
 
 
 RANK = """
