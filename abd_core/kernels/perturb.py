@@ -32,8 +32,8 @@ def perturb(
     """Images with a pattern each, as the encoder wants them: ((keep * x + gain * pattern) in [0, 1] - mean) / std.
 
     Outside of its pattern an image is left as it is, but for clamping and normalising. Differentiable once in images
-    and patterns, with torch's rule for `clamp`: the gradient passes where a value is in [0, 1]. The gradient of a
-    pattern is summed over the batch in a fixed order: the same inputs give the same bits.
+    and patterns: the gradient passes where a value is in [0, 1], bounds included. The gradient of a pattern is summed
+    over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
         images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
