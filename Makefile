@@ -50,7 +50,10 @@ lock: $(VENV)/installed-dev ## Write constraints.txt: the versions of this envir
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py tests/test_graphs.py
 	if command -v compute-sanitizer > /dev/null; then \
-	    compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py -k "whole_matrix and clip"; \
+	    for tool in memcheck racecheck; do \
+	        compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py tests/test_perturb.py \
+	            -k "(whole_matrix and clip) or plain_composition" || exit 1; \
+	    done; \
 	fi
 
 bench: $(VENV)/installed ## Time kernels, training steps and loading on this machine into benchmarks/results.csv

@@ -328,6 +328,42 @@ def test_what_does_not_fit_is_refused_in_one_line(case: str):
         call(IMAGES)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["a patch", "a field"])
+def test_on_a_gpu_a_batch_of_training_s_size_is_right_and_a_hundred_runs_give_the_same_bits(kind: str):
+    side, given = 224, KINDS[kind]
+    h, w = (side, side) if given["shape"] == (H, W) else (38, 38)
+    images = (255 * draw(256, 3, side, side)).byte().to(DEVICE)
+    top, left = torch.randint(side - h + 1, (256,)), torch.randint(side - w + 1, (256,))
+    patterns = (64 * draw(1, 3, h, w, seed=1)).floor() / 64 + 1 / 128  # as in `arguments`: no sum is just 0 or 1
+    patterns = patterns.to(DEVICE, torch.float32).requires_grad_()
+    output = draw(256, 3, side, side, seed=2).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+
+    def run(impl: str) -> list[torch.Tensor]:
+        weights = {"keep": given["keep"], "gain": given["gain"], "top": top, "left": left}
+        form = {"normalise": MEAN_STD, "dtype": torch.bfloat16, "channels_last": True}
+        out = perturb(images, patterns, **weights, **form, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, patterns, output)]
+
+    first = run("triton")
+    for mine, right in zip(first, run("torch"), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-2, atol=1e-2)
+    assert all(torch.equal(a, b) for _ in range(100) for a, b in zip(first, run("triton"), strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_there_may_be_more_images_than_an_axis_of_a_grid_has_programs():
+    images = draw(70_000, 3, 4, 4).to(DEVICE, torch.float32).requires_grad_()
+    pattern = draw(1, 3, 4, 4, seed=1).to(DEVICE, torch.float32).requires_grad_()
+
+    def run(impl: str) -> list[torch.Tensor]:
+        out = perturb(images, pattern, keep=0.5, gain=0.5, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out.sum(), [images, pattern])]
+
+    for mine, right in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
