@@ -56,8 +56,10 @@ test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with c
 	    done; \
 	fi
 
-bench: $(VENV)/installed ## Time kernels, training steps and loading on this machine into benchmarks/results.csv
-	for script in infonce perturb steps loading audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: $(VENV)/installed-bench ## Time kernels, training steps and loading on this machine into benchmarks/results.csv
+	for script in infonce perturb "steps --compiled" loading audit; do \
+	    set -- $$script; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \
+	done
 
 grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
 	$(BIN)/python -m abd_core.grid $(GRIDS) --processes $(PROCESSES)
