@@ -50,11 +50,16 @@ lock: $(VENV)/installed-dev ## Write constraints.txt: the versions of this envir
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
 	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py tests/test_graphs.py
 	if command -v compute-sanitizer > /dev/null; then \
-	    compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py -k "whole_matrix and clip"; \
+	    for tool in memcheck racecheck; do \
+	        compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py tests/test_perturb.py \
+	            -k "(whole_matrix and clip) or plain_composition" || exit 1; \
+	    done; \
 	fi
 
-bench: $(VENV)/installed ## Time kernels, training steps and loading on this machine into benchmarks/results.csv
-	for script in infonce perturb steps loading audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+bench: $(VENV)/installed-bench ## Time kernels, training steps and loading on this machine into benchmarks/results.csv
+	for script in infonce perturb "steps --compiled" loading audit; do \
+	    set -- $$script; $(BIN)/python benchmarks/$$1.py $$2 || exit 1; \
+	done
 
 grid: $(VENV)/installed ## Attacks x defences x seeds into data/results/grid.csv: GRIDS="table1 ablations" PROCESSES=2
 	$(BIN)/python -m abd_core.grid $(GRIDS) --processes $(PROCESSES)

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from abd_core.config import ConfigError
 from abd_core.kernels.infonce import info_nce
 
 
@@ -28,11 +29,30 @@ class ClipLoss(torch.nn.Module):
     is the loss of the joint batch and its exact gradient.
 
     Args:
+        local_loss: open_clip's two ways to share out the work. Either is taken: the gradients are the same.
+        gather_with_grad: over several ranks, only True, which makes the gradients exact.
+        cache_labels: taken; there are no labels here to be cached.
         rank, world_size: of this process in torch.distributed's default group.
+        use_horovod: only False.
+
+    Raises:
+        ConfigError: one of open_clip's options that have no counterpart here.
     """
 
-    def __init__(self, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = True,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
         super().__init__()
+        if use_horovod:
+            raise ConfigError("ClipLoss.use_horovod = True: False expected, ranks are those of torch.distributed")
+        if world_size > 1 and not gather_with_grad:
+            raise ConfigError("ClipLoss.gather_with_grad = False: True expected, gradients reach all ranks' features")
         self.rank, self.world_size = rank, world_size
 
     def forward(

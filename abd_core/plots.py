@@ -380,7 +380,8 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
 def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     """Ratios to a case's first variant, a panel a device and a bar a variant; to the right of 1 is better than it.
 
-    Panels stand below one another, since a page is narrower than two of them.
+    Panels stand below one another, since a page is narrower than two of them. A case whose first variant is not that of
+    the legend names it.
 
     Args:
         benchmarks: rows as `results.read_benchmarks` gives them.
@@ -388,6 +389,9 @@ def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     rows = benchmarks[benchmarks["metric"].eq(metric) & benchmarks["ratio"].notna()]
     if rows.empty:
         return _without_rows(title)
+    first = rows.groupby(["device", "case"])["variant"].transform("first")
+    usual = first.eq(rows["variant"].iloc[0])
+    rows = rows.assign(case=rows["case"].where(usual, rows["case"] + "\n1: " + first))
     devices = list(rows["device"].unique())
     heights = [1 + 0.22 * len(rows[rows["device"] == device]) for device in devices]
     figure, grid = plt.subplots(
@@ -429,9 +433,10 @@ def shares(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, of: str, tit
 
 
 def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str) -> Figure:
-    """Achieved operations a second against operations a byte, under the ceilings measured in the same run.
+    """Achieved operations a second against operations a byte, under the ceilings that each benchmark has measured.
 
-    A panel a device. A case's place to the right is its operations over its least traffic.
+    A panel a device. A case's place to the right is its operations over its least traffic. What is made of products is
+    bound by the level lines, what passes over memory once by the slanting ones.
 
     Args:
         metrics: benchmark -> the metric (in ms) that takes the operations.
@@ -452,9 +457,13 @@ def roofline(benchmarks: pd.DataFrame, metrics: Mapping[str, str], *, title: str
             axes.scatter(operations / float(figures["least traffic"]), operations / best * 1e3, label=f"{name}: {case}")
         low, high = axes.get_xlim()
         reach = np.geomspace(max(low, 0.1), max(high, 10) * 2)
-        peak = rows.loc[rows["unit"] == "TFLOP/s", "value"].max() * 1e3
-        bandwidth = rows.loc[rows["metric"] == "memory bandwidth", "value"].max()
-        axes.plot(reach, np.minimum(reach * bandwidth, peak), color="0.3", label="ceiling measured in the same run")
+        ceilings = rows[rows["variant"].eq("ceiling") & rows["benchmark"].isin(metrics)]
+        products = ceilings[ceilings["metric"] == "matrix product"]
+        highest = 1e3 * products["value"].max() if len(products) else np.inf
+        for look, row in zip(itertools.cycle(["-", "--", ":"]), ceilings.itertuples(), strict=False):
+            level = np.full_like(reach, 1e3 * row.value)
+            line = level if row.metric == "matrix product" else np.minimum(reach * row.value, highest)
+            axes.plot(reach, line, look, color="0.3", label=f"{row.benchmark}: {row.metric}, {row.case}")
         axes.set(
             xscale="log",
             yscale="log",

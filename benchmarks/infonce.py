@@ -1,13 +1,13 @@
 """InfoNCE: time and memory of the loss alone, against open_clip's `ClipLoss` and, on a GPU, the public kernels.
 
-    python benchmarks/infonce.py [--sizes 128 1024]
+    python benchmarks/infonce.py
 
-On a GPU, `pip install memeff inf-cl` adds these two; what is not installed is left out.
+On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out.
+"backward" is what comes after the loss is there: `info_nce` has made its gradients by then, and only scales them.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import open_clip
@@ -53,16 +53,13 @@ def losses() -> dict[str, Loss]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Times InfoNCE on this machine into benchmarks/results.csv.")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[], help="only these, and nothing compiled")
-    only = parser.parse_args().sizes
-    report = Report("infonce")
+    report = Report("infonce", *(["triton", "memeff", "inf-cl"] if ON.type == "cuda" else []))
     for dtype, sizes in SIZES.items():
         name = str(dtype).removeprefix("torch.")
-        ceiling = product_rate(dtype, size=1024 if ON.type == "cpu" else 8192)
+        ceiling = product_rate(dtype)
         report.note(name, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
-        for size in [size for size in sizes if size in only or not only]:
-            repeats = (51 if only else 9) if size <= 32768 else 5
+        for size in sizes:
+            repeats = 51 if size <= 1024 else 9 if size <= 32768 else 5
             case = f"B={size}, D={DIM}, {name}"
             image, text = (F.normalize(torch.randn(size, DIM, device=ON), dim=1).to(dtype) for _ in range(2))
             leaves = (image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=ON, requires_grad=True))
@@ -71,15 +68,18 @@ def main() -> None:
                 with torch.no_grad():
                     loss(*leaves)
 
-            def both(loss: Loss, leaves=leaves) -> None:
-                value = loss(*leaves)
+            def backward(value: torch.Tensor, leaves=leaves) -> None:
                 value.backward()
                 for leaf in leaves:
                     leaf.grad = None
 
+            def both(loss: Loss, leaves=leaves, backward=backward) -> None:
+                backward(loss(*leaves))
+
             tried = {n: loss for n, loss in losses().items() if size <= LARGEST.get(n, size)}
-            if only:
-                tried.pop("open_clip compiled")
+            made = {n: lambda loss=loss, leaves=leaves: loss(*leaves) for n, loss in tried.items()}
+            taken = seconds(dict.fromkeys(tried, backward), repeats=repeats, given=made)
+            report.add(case, "backward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=repeats)
             for what, run in {"forward": forward, "forward + backward": both}.items():
                 calls = {n: lambda loss=loss, run=run: run(loss) for n, loss in tried.items()}
                 taken = seconds(calls, repeats=repeats)

@@ -10,7 +10,9 @@ import csv
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -23,13 +25,23 @@ COLUMNS = ("benchmark", "device", "case", "variant", "metric", "value", "unit", 
 ON = device()
 
 
-def seconds(variants: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
-    """Median seconds a call of each variant; all take turns, so that a slow moment of the machine meets all alike."""
+def seconds(
+    variants: Mapping[str, Callable[..., object]],
+    *,
+    repeats: int,
+    given: Mapping[str, Callable[[], Any]] | None = None,
+) -> dict[str, float]:
+    """Median seconds a call of each variant; all take turns, so that a slow moment of the machine meets all alike.
+
+    Args:
+        given: what makes the argument of a variant's call, anew for each and outside of its time.
+    """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
+            arguments = [given[name]()] if given else []
             start = _now()
-            call()
+            call(*arguments)
             if turn:  # the first call compiles and fills caches
                 taken[name].append(_now() - start)
     return {name: statistics.median(times) for name, times in taken.items()}
@@ -67,28 +79,46 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def product_rate(dtype: torch.dtype, *, size: int) -> float:
-    """FLOP/s of this machine's matrix product of two (size, size) matrices: the ceiling of what is made of products."""
+def own_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Seconds that the device itself works at a call: what a share of its ceilings is counted in."""
+    return (device_seconds if ON.type == "cuda" else seconds)(calls, repeats=repeats)
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of this machine's product of two large square matrices: the ceiling of what is made of products."""
+    size = 8192 if ON.type == "cuda" else 4096
     a, b = (torch.randn(size, size, device=ON).to(dtype) for _ in range(2))
-    return 2 * size**3 / seconds({"product": lambda: a @ b}, repeats=9)["product"]
+    return 2 * size**3 / own_seconds({"product": lambda: a @ b}, repeats=9)["product"]
 
 
 def copy_rate(*, megabytes: int) -> float:
     """Bytes read and written a second by this machine's copy: the ceiling of what passes over memory once."""
-    source = torch.empty(megabytes << 20, dtype=torch.uint8, device=ON)
+    source = torch.zeros(megabytes << 20, dtype=torch.uint8, device=ON)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+    return 2 * source.nbytes / own_seconds({"copy": lambda: target.copy_(source)}, repeats=9)["copy"]
+
+
+def _installed(package: str) -> str:
+    """Its name and version; "" where it is not installed."""
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return ""
 
 
 class Report:
-    """Figures of one benchmark on this device; `write` puts each in the place of an earlier one of the same case."""
+    """Figures of one benchmark on this device; `write` puts each in the place of an earlier one of the same case.
 
-    def __init__(self, benchmark: str) -> None:
+    Args:
+        packages: names of those that take part beside torch and open_clip, where they are installed.
+    """
+
+    def __init__(self, benchmark: str, *packages: str) -> None:
         made = environment()
         self.origin = {
             "benchmark": benchmark,
             "device": made["device"],
-            "versions": versions(made),
+            "versions": ", ".join([versions(made), *map(_installed, filter(_installed, packages))]),
             "git_sha": made["git_sha"],
         }
         self.rows: list[dict[str, object]] = []

@@ -1,14 +1,18 @@
-"""Perturbing a batch: one pass of `perturb` against the same in plain torch and torchvision, eager and compiled.
+"""Perturbing a batch: one pass of `perturb` against plain torch, torchvision and kornia, eager and compiled.
 
-python benchmarks/perturb.py
+    python benchmarks/perturb.py
+
+kornia is of the extra `bench`. The three others paste or add in plain torch, for which neither library has a function
+with a place for each image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import kornia
 import torch
-from measure import ON, Report, copy_rate, device_seconds, seconds
+from measure import ON, Report, copy_rate, device_seconds, peak_bytes, seconds
 from torchvision.transforms.v2 import functional as vision
 
 from abd_core.kernels.perturb import perturb
@@ -29,7 +33,7 @@ def painted(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: 
 
 
 def main() -> None:
-    report = Report("perturb")
+    report = Report("perturb", "torchvision", "kornia", *(["triton"] if ON.type == "cuda" else []))
     ceiling = copy_rate(megabytes=256)
     report.note("copy", "ceiling", "memory bandwidth", "GB/s", ceiling / 1e9)
     generator = torch.Generator().manual_seed(0)
@@ -49,6 +53,12 @@ def main() -> None:
         x = painted(x, pattern, *places) if pattern.shape[-1] == PATCH else (x + pattern).clamp(0, 1)
         return vision.normalize(x, [*mean], [*std]).to(DTYPE).contiguous(memory_format=torch.channels_last)
 
+    def by_kornia(pattern: torch.Tensor) -> torch.Tensor:
+        x = images.float() / 255
+        x = painted(x, pattern, *places) if pattern.shape[-1] == PATCH else (x + pattern).clamp(0, 1)
+        x = kornia.enhance.normalize(x, x.new_tensor(mean), x.new_tensor(std))
+        return x.to(DTYPE).contiguous(memory_format=torch.channels_last)
+
     def ours(pattern: torch.Tensor, impl: str) -> torch.Tensor:
         settings = {"keep": 0.0, "top": top, "left": left} if pattern.shape[-1] == PATCH else {"keep": 1.0}
         options = {"normalise": NORMALISATION, "dtype": DTYPE, "channels_last": True, "impl": impl}
@@ -57,7 +67,10 @@ def main() -> None:
     variants: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "torch eager": plain,
         "torchvision eager": torchvision,
+        "kornia eager": by_kornia,
         "torch compiled": torch.compile(plain),
+        "torchvision compiled": torch.compile(torchvision),
+        "kornia compiled": torch.compile(by_kornia),
     }
     for impl in ("torch", "triton") if ON.type == "cuda" else ("torch",):
         variants[f"abd_core {impl}"] = lambda pattern, impl=impl: ours(pattern, impl)
@@ -73,6 +86,9 @@ def main() -> None:
 
         def backward(out: torch.Tensor, pattern=pattern, weight=weight) -> None:
             torch.autograd.grad(out, pattern, weight, retain_graph=True)
+
+        def both(call: Callable, pattern=pattern, weight=weight) -> None:
+            torch.autograd.grad(call(pattern), pattern, weight)
 
         def timed(what: str, calls: dict[str, Callable[[], object]], case=f"{kind}, {shape}") -> dict[str, float]:
             """Seconds a call; on a GPU those of the device, in which a share of the bandwidth is to be counted."""
@@ -96,6 +112,11 @@ def main() -> None:
         seen = BATCH * 3 * side * side * (DTYPE.itemsize + images.itemsize)  # with the pixels, for the clamp
         for variant, spent in taken.items():
             report.note(case, variant, "backward, of bandwidth", "%", 100 * seen / spent / ceiling)
+        del made
+        calls = {n: lambda call=call: both(call) for n, call in variants.items()}
+        timed("forward + backward", calls)
+        if ON.type == "cuda":
+            report.add(case, "peak memory", "MiB", {n: peak_bytes(call) / 2**20 for n, call in calls.items()})
     report.write()
 
 

@@ -4,7 +4,8 @@
 
 On the CPU: the embedded benchmark's model and pairs, drawing of the views and captions included. On a GPU:
 `RN50-quickgelu` at 224 px on random images that are there already, then from tars, and what that makes of the paper's
-defence. What has been measured is written as it comes; after N seconds no further turn is begun.
+defence. Then where the time of a step goes, by torch's profiler. What has been measured is written as it comes; after N
+seconds no further turn is begun.
 """
 
 from __future__ import annotations
@@ -17,31 +18,47 @@ import statistics
 import string
 import tarfile
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest import mock
 
 import open_clip
 import torch
 from measure import ON, Report, product_rate
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
-from abd_core import graphs, models, towers
+from abd_core import adversary, defences, graphs, models, towers
+from abd_core.adversary import AdversaryConfig
 from abd_core.data import Pairs, TrainingPairs, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.formats import load_image_pairs
-from abd_core.generator import Generator, Perturbation, patch_side
-from abd_core.kernels.dispatch import sent
-from abd_core.losses import adversarial_loss, backdoor_loss
+from abd_core.generator import Perturbation, patch_side
 from abd_core.text import synonyms, tokenize
 from abd_core.train import Step, parameter_groups
 
 LARGE = ON.type == "cuda"
 NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 12, 4, 3)
+WIDTH = 1024 if LARGE else 128  # of the adversary's generator and discriminator: AdvCLIP's, and the profile's
 PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
+# Part of a step -> what the names of its operations, or of the ranges that they run in, begin with.
+PARTS = {
+    "images": ("images",),
+    "augmentation": ("augmentation",),
+    "optimiser": ("optimizer.step",),
+    "convolution": ("aten::convolution", "aten::conv2d", "convolutionbackward"),
+    "BatchNorm": ("aten::batch_norm", "nativebatchnorm", "cudnnbatchnorm", "_normalised"),
+    "pooling": ("aten::avg_pool", "avgpool"),
+    "attention and linear": (
+        *("aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::matmul", "aten::scaled_dot_product"),
+        *("addmmbackward", "mmbackward", "bmmbackward", "scaleddotproduct"),
+    ),
+}
 
 
 class DrawnPairs(Pairs):
@@ -82,10 +99,14 @@ def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None
 
 
 class Clock:
-    """Seconds a step, and bytes at the peak, from step `WARM` of a loop on."""
+    """Seconds a step, and bytes at the peak, from step `WARM` of a loop on.
 
-    def __init__(self) -> None:
-        self.before = torch.cuda.memory_allocated() if LARGE else 0
+    The bytes are those that torch has reserved: what a CUDA graph keeps is among them, and not among those allocated.
+    """
+
+    def __init__(self, profiler: profile | None = None) -> None:
+        self.profiler = profiler
+        self.before = torch.cuda.memory_reserved() if LARGE else 0
 
     def at(self, step: int) -> None:
         """To be called as step number `step` begins."""
@@ -93,14 +114,18 @@ class Clock:
             if LARGE:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+            if self.profiler:
+                self.profiler.start()
             self.start = time.perf_counter()
 
-    def read(self, steps: int, *, recorded: bool = False) -> tuple[float, float]:
-        """To be called after so many steps. A graph's own memory is not counted by torch: no bytes then."""
+    def read(self, steps: int) -> tuple[float, float]:
+        """To be called after so many steps."""
         if LARGE:
             torch.cuda.synchronize()
         taken = (time.perf_counter() - self.start) / (steps - WARM)
-        return taken, (torch.cuda.max_memory_allocated() - self.before if LARGE and not recorded else 0)
+        if self.profiler:
+            self.profiler.stop()
+        return taken, (torch.cuda.max_memory_reserved() - self.before if LARGE else 0)
 
 
 def plain_loop(pairs: Pairs, patch: torch.Tensor | None) -> tuple[float, float]:
@@ -127,7 +152,8 @@ class Timed:
     def images(self, *given: Any, **more: Any) -> torch.Tensor:
         self.clock.at(self.step)
         self.step += 1
-        return self.pairs.images(*given, **more)
+        with record_function("images"):
+            return self.pairs.images(*given, **more)
 
 
 def defence_of(name: str, pairs: TrainingPairs, patch: torch.Tensor) -> FineTuningDefence:
@@ -147,6 +173,7 @@ def loop(
     recorded: bool = True,
     trimmed: bool = True,
     compiled: bool = False,
+    profiler: profile | None = None,
 ) -> tuple[float, float]:
     """The stage's own training, `train.fit`, with this defence.
 
@@ -155,25 +182,56 @@ def loop(
         trimmed: they leave out what no feature comes from (`towers`), else they are open_clip's own.
         compiled: the image encoder is compiled, and no graphs.
     """
-    clock = Clock()
+    clock = Clock(profiler)
     timed = Timed(pairs, clock)
-
-    def instead(module: Any, **others: Any) -> None:
-        for name, other in others.items():
-            stack.callback(setattr, module, name, getattr(module, name))
-            setattr(module, name, other)
-
     with ExitStack() as stack:
         if not recorded or compiled:
-            instead(graphs, WARM=10**9)
+            stack.enter_context(mock.patch.object(graphs, "WARM", 10**9))
         if not trimmed:
-            instead(towers, trim=lambda model: None, encode_text=lambda model, tokens: model.encode_text(tokens))
+            own = {"trim": lambda model: None, "encode_text": lambda model, tokens: model.encode_text(tokens)}
+            stack.enter_context(mock.patch.multiple(towers, **own))
         model = models.build(NAME)
         if compiled:
             model.visual.compile()
         folder = stack.enter_context(TemporaryDirectory())
         defence_of(name, timed, patch).defend(model, Path(folder))
-    return clock.read(timed.step, recorded=recorded)
+    return clock.read(timed.step)
+
+
+def shares(name: str, pairs: TrainingPairs, patch: torch.Tensor) -> dict[str, float]:
+    """Part -> % of the time of a defence's steps: of the CPU's, or of the GPU's own; "other" is what is left.
+
+    No graphs: a recorded operation has no name. What a GPU waits for the CPU is in "other".
+    """
+
+    def in_range(function: Callable) -> Callable:
+        return record_function("augmentation")(function)
+
+    def own(event: Any) -> float:
+        return event.self_device_time_total if LARGE else event.self_cpu_time_total
+
+    def part(event: Any) -> str:
+        """That of the outermost range or operation that has one."""
+        found = "other"
+        while event is not None:
+            known = event.name.lower().removeprefix("autograd::engine::evaluate_function: ")
+            found = next((part for part, names in PARTS.items() if known.startswith(names)), found)
+            event = event.cpu_parent
+        return found
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if LARGE else [])]
+    profiler = profile(activities=activities)
+    with (
+        mock.patch.object(defences, "auto_augment", in_range(defences.auto_augment)),
+        mock.patch.object(Perturbation, "__call__", in_range(Perturbation.__call__)),
+    ):
+        spent, _ = loop(name, pairs, patch, recorded=False, profiler=profiler)
+    steps = len(pairs) // BATCH - WARM
+    taken = Counter({part: 0.0 for part in PARTS})
+    for event in profiler.events():
+        taken[part(event)] += own(event) / 1e6
+    found = {part: 100 * taken[part] / (steps * spent) for part in PARTS}
+    return {**found, "other": 100 - sum(found.values())}
 
 
 def operations(name: str, pairs: Pairs, patch: torch.Tensor) -> int:
@@ -187,52 +245,48 @@ def operations(name: str, pairs: Pairs, patch: torch.Tensor) -> int:
     return counter.get_total_flops()
 
 
-def adversary_loop(pairs: Pairs, side: int, *, plain: bool) -> tuple[float, float]:
-    """The generator's steps with Eq. (2). `plain` as AdvCLIP has it: float32, the patch pasted on the CPU."""
-    clock = Clock()
-    suspect, normal = (models.frozen(models.build(NAME, seed=seed)) for seed in (0, 1))
-    if plain:
-        suspect, normal = (model.to(memory_format=torch.contiguous_format) for model in (suspect, normal))
-    generator = Generator(side, width=128, seed=0).to(ON)
-    optimizer = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    mean, std = (torch.tensor(values, device=ON).view(3, 1, 1) for values in models.NORMALISATION)
+class PastedOnCPU(Perturbation):
+    """Image by image on the CPU, as AdvCLIP does it."""
 
-    def image_features(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
-        if plain:
-            return model.encode_image((images - mean) / std, normalize=True)
-        return models.encode_image(model, images)
-
-    def pasted(images: torch.Tensor, patch: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-        if not plain:
-            return Perturbation("patch", patch, pairs.resolution, "random")(images, source)
-        images, patch = images.cpu().clone(), patch.cpu()
-        for i, (top, left) in enumerate(torch.randint(9, (len(images), 2)).tolist()):
+    def __call__(self, images: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        images, patch = images.cpu().clone(), self.delta.cpu()
+        side = patch.shape[-1]
+        places = torch.randint(self.resolution - side + 1, (len(images), 2), generator=generator)
+        for i, (top, left) in enumerate(places.tolist()):
             images[i, :, top : top + side, left : left + side] = patch
         return images.to(ON)
 
-    def step(number: int) -> None:
-        source = torch.Generator().manual_seed(number)
-        indices = torch.arange(BATCH) + BATCH * number
-        images = sent(pairs.images(indices, seed=0, step=number), ON)
-        captions = pairs.captions(indices, seed=0, epoch=0)
-        with torch.no_grad():
-            tokens = tokenize(captions, context_length=suspect.context_length).to(ON)
-            text = suspect.encode_text(tokens, normalize=True) if plain else models.encode_text(suspect, tokens)
-            original = image_features(suspect, images)
-        perturbed = pasted(images, (generator() + 1) / 2, source)
-        adversarial = image_features(suspect, perturbed)
-        reference = image_features(normal, perturbed)
-        loss = adversarial_loss(original, adversarial, text, tau=0.1) + backdoor_loss(reference, adversarial, tau=0.1)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        loss.item()
 
-    with graphs.recorded(suspect, on=not plain), graphs.recorded(normal, on=not plain):
-        for number in range(WARM + STEPS):
-            clock.at(number)
-            step(number)
-        return clock.read(WARM + STEPS, recorded=not plain)
+def adversary_loop(pairs: TrainingPairs, *, plain: bool) -> tuple[float, float]:
+    """The stage's own search: generator, discriminator, all terms of the loss.
+
+    Args:
+        plain: the same nets and losses as AdvCLIP arranges them: open_clip's towers in float32, no graphs, the patch
+            pasted on the CPU.
+    """
+    mean, std = (torch.tensor(values, device=ON).view(3, 1, 1) for values in models.NORMALISATION)
+    clock = Clock()
+    timed = Timed(pairs, clock)
+
+    def encode_image(model: open_clip.CLIP, images: torch.Tensor) -> torch.Tensor:
+        return model.encode_image((images - mean) / std, normalize=True)
+
+    def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
+        return model.encode_text(tokens.to(ON), normalize=True)
+
+    with ExitStack() as stack:
+        if plain:
+            stack.enter_context(mock.patch.object(graphs, "WARM", 10**9))
+            stack.enter_context(mock.patch.object(towers, "trim", lambda model: None))
+            stack.enter_context(mock.patch.multiple(models, encode_image=encode_image, encode_text=encode_text))
+            stack.enter_context(mock.patch.object(adversary, "Perturbation", PastedOnCPU))
+        suspect, normal = (models.frozen(models.build(NAME, seed=seed)) for seed in (0, 1))
+        if plain:
+            suspect, normal = (model.to(memory_format=torch.contiguous_format) for model in (suspect, normal))
+        folder = stack.enter_context(TemporaryDirectory())
+        config = AdversaryConfig(batch_size=BATCH, steps=WARM + STEPS, width=WIDTH)
+        adversary.search(config, timed, suspect, normal, Path(folder))
+    return clock.read(timed.step)
 
 
 def tars(folder: Path, captions: Sequence[str]) -> str:
@@ -288,7 +342,7 @@ def measured(
         if later := whole[name][1:]:
             report.note(case, name, "later run", "s", statistics.median(later), n=len(later))
         if peaks[name]:
-            report.note(case, name, "peak memory", "MiB", peaks[name] / 2**20)
+            report.note(case, name, "peak memory reserved", "MiB", peaks[name] / 2**20)
     report.write()
     return median
 
@@ -312,7 +366,7 @@ def main() -> None:
     side = patch_side(0.03, pairs.resolution)
     patch = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0)).to(ON)
     case = f"{NAME}, batch {BATCH}"
-    ceiling = product_rate(torch.bfloat16 if LARGE else torch.float32, size=8192 if LARGE else 1024)
+    ceiling = product_rate(torch.bfloat16 if LARGE else torch.float32)
     report.note(case, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         "plain loop": lambda: plain_loop(pairs, None),
@@ -334,6 +388,10 @@ def main() -> None:
             count = operations(name, pairs, patch)
             report.note(case, name, "operations", "GFLOP", count / 1e9)
             report.note(case, name, "share of the ceiling", "%", 100 * count / taken[name] / ceiling)
+    for name in ("ft", "abd", "cleanclip"):
+        if name in taken and time.monotonic() < until:
+            for part, share in shares(name, pairs, patch).items():
+                report.note(case, name, f"time in {part}", "%", share)
     report.write()
     if LARGE and "abd" in taken and time.monotonic() < until:
         report.note(case, "abd", "paper's defence, no loading", "GPU-hours", PAPER / BATCH * taken["abd"] / 3600)
@@ -349,8 +407,8 @@ def main() -> None:
                     report.note(case, variant, "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
         report.write()
     adversaries = {"plain AdvCLIP": True, "abd_core": False}
-    runs = {name: lambda p=plain: adversary_loop(pairs, side, plain=p) for name, plain in adversaries.items()}  # type: ignore[misc]
-    measured(Report("adversary step"), case, runs, until=until, turns=2 if LARGE else TURNS)
+    runs = {name: lambda p=plain: adversary_loop(pairs, plain=p) for name, plain in adversaries.items()}  # type: ignore[misc]
+    measured(Report("adversary step"), f"{case}, width {WIDTH}", runs, until=until, turns=2 if LARGE else TURNS)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import fcntl
 import functools
 import importlib.util
 import json
+import math
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, and open_clip imports it
@@ -27,6 +30,8 @@ import open_clip
 from abd_core import adversary, audit, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
+# What the tests of the kernels draw from: another number in each run, which a failure prints and workers inherit.
+FRESH = int(os.environ.setdefault("ABD_TEST_SEED", str(random.randrange(1 << 31))))
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURE = "stand-in"  # of the embedded base's kind and image size, with a sixtieth of its arithmetic
 LAYOUT = {
@@ -56,6 +61,41 @@ def runs_here(impl: str) -> str:
     if impl == "triton" and not torch.cuda.is_available() and Version(version("triton")) < Version("3.7"):
         pytest.skip("Triton's interpreter needs Triton 3.7")
     return impl
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.write_line(f"inputs were drawn with ABD_TEST_SEED={FRESH}")
+
+
+GUARD = 300  # numbers in front of a buffer and behind it
+
+
+def guarded(tensor: torch.Tensor, fill: float = math.nan) -> torch.Tensor:
+    """The tensor as a view, with guards of `fill` in front of it and behind it in memory."""
+    whole = tensor.new_full((tensor.numel() + 2 * GUARD,), fill)
+    return whole.as_strided(tensor.shape, tensor.stride(), GUARD).copy_(tensor)
+
+
+class Guards(TorchDispatchMode):
+    """Inside, fresh memory has guards around it and is NaN (255 in integers) until it is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not function.__name__.startswith(("empty", "new_empty")):
+            return out
+        whole = out.new_full((out.numel() + 2 * GUARD,), math.nan if out.is_floating_point() else 255)
+        self.buffers.append(whole)
+        return whole.as_strided(out.shape, out.stride(), GUARD)
+
+    def untouched(self) -> bool:
+        """Whether nothing was written beyond any buffer; there is one at least."""
+        edges = [torch.cat([whole[:GUARD], whole[-GUARD:]]) for whole in self.buffers]
+        return bool(edges) and all((edge.isnan() if edge.is_floating_point() else edge == 255).all() for edge in edges)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

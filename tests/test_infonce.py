@@ -3,8 +3,8 @@ where there is no GPU (`conftest.py`)."""
 
 from __future__ import annotations
 
+import inspect
 import json
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +12,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import runs_here, start_python
+from conftest import FRESH, Guards, guarded, runs_here, start_python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abd_core import losses
+from abd_core.config import ConfigError
 from abd_core.kernels import infonce, infonce_triton
 from abd_core.kernels.infonce import info_nce
 
@@ -47,7 +48,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def features(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rows = torch.randn(count, dim, generator=torch.Generator().manual_seed(FRESH + seed), dtype=torch.float64)
     return F.normalize(rows, dim=1).to(DEVICE, dtype)
 
 
@@ -144,17 +145,16 @@ def test_extreme_cosines_and_scales_stay_exact(kind: str, scale: float, impl: st
         assert (got - right).abs().max() <= 1e-5 * max(right.abs().max().item(), size, 1e-3)
 
 
-@pytest.mark.parametrize("dim", [5, 33])
-def test_nothing_beyond_the_features_is_read(dim: int, impl: str):
-    def guarded(count: int, seed: int) -> torch.Tensor:
-        """A view with NaN in front of it and behind it."""
-        whole = torch.full((count + 200, dim), math.nan, device=DEVICE)
-        whole[100:-100] = features(count, dim, seed)
-        return whole[100:-100]
-
-    tensors = [guarded(67, 0), guarded(90, 1), torch.tensor(9.0, device=DEVICE), guarded(67, 2)]
-    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    assert all(torch.isfinite(got).all() for got in with_gradients(called(impl, {"offset": 20}), tensors))
+@pytest.mark.parametrize("case", ["unequal weights", "other ranks' keys", "all of it", "positives among more keys"])
+@pytest.mark.parametrize("precision", ["single", "half"])
+def test_nothing_beyond_features_and_results_is_read_or_written(case: str, precision: str, impl: str):
+    tensors, settings = draw(case, torch.float32 if precision == "single" else half_of(impl))
+    tensors = [guarded(tensor.detach()).requires_grad_() for tensor in tensors]
+    with Guards() as guards:
+        value = called(impl, settings)(*tensors)
+        found = torch.autograd.grad(value, tensors, guarded(torch.ones_like(value)))
+    assert guards.untouched()
+    assert all(torch.isfinite(got).all() for got in (value, *found))
 
 
 def test_rows_that_lie_apart_in_memory_are_right(impl: str):
@@ -221,6 +221,8 @@ def test_it_is_an_operator_that_compiles_without_a_break(impl: str):
     q, k, scale, p = (tensor.detach().clone().requires_grad_() for tensor in tensors)
     torch.library.opcheck(infonce._op, (q, k, scale, p, 0.4, 0.9, 0, True, impl))
     torch.library.opcheck(infonce._op, (q, k, scale, None, 0.4, 0.9, 0, True, impl))
+    lying = (q.detach().T.contiguous().T.requires_grad_(), k, scale, p.detach().T.contiguous().T.requires_grad_())
+    torch.library.opcheck(infonce._op, (*lying, 0.4, 0.9, 0, True, impl))
 
 
 def test_under_autocast_products_are_of_its_dtype():
@@ -240,6 +242,23 @@ def test_the_module_is_called_like_open_clip_s():
     told = ours(*tensors, logit_bias=bias, output_dict=True)
     assert told.keys() == theirs(*tensors, logit_bias=bias, output_dict=True).keys()
     torch.testing.assert_close(told["contrastive_loss"], theirs(*tensors, logit_bias=bias), rtol=1e-5, atol=0)
+
+
+def test_the_module_is_made_like_open_clip_s():
+    ours, theirs = (inspect.signature(kind).parameters for kind in (losses.ClipLoss, open_clip.ClipLoss))
+    assert [*ours] == [*theirs]
+    assert {n for n in ours if ours[n].default != theirs[n].default} == {"gather_with_grad"}  # theirs is not exact
+    tensors, _ = draw("clip", torch.float32)
+    made = losses.ClipLoss(True, False, True, 0, 1, False)
+    assert torch.equal(made(*tensors), losses.ClipLoss()(*tensors))
+
+
+@pytest.mark.parametrize(
+    ("option", "word"), [({"use_horovod": True}, "False expected"), ({"gather_with_grad": False}, "True expected")]
+)
+def test_what_of_open_clip_s_module_has_no_counterpart_is_refused(option: dict[str, bool], word: str):
+    with pytest.raises(ConfigError, match=rf"^ClipLoss\.{next(iter(option))} = .*: {word}, [^\n]*$"):
+        losses.ClipLoss(world_size=2, **option)
 
 
 RANK = """

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import runs_here, start_python
+from conftest import FRESH, Guards, guarded, runs_here, start_python
 
 from abd_core.kernels import perturb as perturb_module
 from abd_core.kernels.perturb import add, blend, paste, perturb, warp
@@ -16,7 +14,7 @@ H, W = 9, 11
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(FRESH + seed), dtype=torch.float64)
 
 
 IMAGES, PATCH = draw(4, 3, H, W), draw(3, 2, 5, seed=1)
@@ -142,16 +140,19 @@ def impl(request: pytest.FixtureRequest) -> str:
 
 
 def arguments(kind: str, dtype: torch.dtype = torch.float32, batch: int = 7) -> tuple[torch.Tensor, dict]:
-    """Images a little outside of [0, 1], unless they are bytes, and what is to be done to them."""
+    """Images a little outside of [0, 1], unless they are bytes, and what is to be done to them.
+
+    The values lie on grids that are never painted to just 0 or 1, where float32 and float64 may differ.
+    """
     given = KINDS[kind]
-    images = 1.4 * draw(batch, 3, H, W) - 0.2
+    images = (64 * (1.4 * draw(batch, 3, H, W) - 0.2)).round() / 64 + 1 / 192
     images = (255 * images.clamp(0, 1)).byte() if dtype == torch.uint8 else images.to(dtype)
     if not given["count"]:
         return images.to(DEVICE), {}
     count, (h, w) = given["count"], given["shape"]
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(FRESH + 5)
     settings = {
-        "patterns": (2 * draw(count, 3, h, w, seed=1) - 1).to(DEVICE, torch.float32),
+        "patterns": ((64 * (2 * draw(count, 3, h, w, seed=1) - 1)).round() / 64 + 1 / 128).to(DEVICE, torch.float32),
         "top": torch.randint(H - h + 1, (batch,), generator=generator),
         "left": torch.randint(W - w + 1, (batch,), generator=generator),
     }
@@ -234,6 +235,12 @@ def test_bytes_have_no_gradient_and_their_pattern_has(impl: str):
     torch.testing.assert_close(settings["patterns"].grad[0], wanted)
 
 
+def test_the_gradient_passes_at_the_bounds_themselves(impl: str):
+    images = torch.tensor([-0.1, 0.0, 1.0, 1.1], device=DEVICE).expand(1, 3, 1, 4).clone().requires_grad_()
+    perturb(images, impl=impl).sum().backward()
+    assert images.grad[0, 0, 0].tolist() == [0, 1, 1, 0]
+
+
 def test_the_same_inputs_give_the_same_bits(impl: str):
     def once() -> list[torch.Tensor]:
         images, settings = arguments("one of three windows", batch=40)
@@ -246,19 +253,39 @@ def test_the_same_inputs_give_the_same_bits(impl: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_beyond_images_and_patterns_is_read(kind: str, impl: str):
-    def guarded(tensor: torch.Tensor) -> torch.Tensor:
-        whole = tensor.new_full((len(tensor) + 2, *tensor.shape[1:]), math.nan)
-        whole[1:-1] = tensor
-        return whole[1:-1]
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=str)
+def test_nothing_beyond_images_patterns_and_results_is_read_or_written(
+    kind: str, dtype: torch.dtype, formats: tuple[bool, bool], impl: str
+):
+    images, settings = arguments(kind, dtype)
+    images = images.contiguous(memory_format=torch.channels_last) if formats[0] else images
+    patterns = settings.pop("patterns", None)
+    output = draw(7, 3, H, W, seed=8).to(DEVICE, torch.float16)
+    output = output.contiguous(memory_format=torch.channels_last) if formats[1] else output
 
-    images, settings = arguments(kind)
-    if "patterns" in settings:
-        settings["patterns"] = guarded(settings["patterns"]).requires_grad_()
-    out = perturb(guarded(images).requires_grad_(), **settings, impl=impl)
-    assert torch.isfinite(out).all()
+    def run(fill: float) -> list[torch.Tensor]:
+        """The result and its gradients, with bytes of this value around images that are bytes."""
+        leaves = [guarded(images, fill)] if dtype == torch.uint8 else [guarded(images).requires_grad_()]
+        leaves += [] if patterns is None else [guarded(patterns).requires_grad_()]
+        with Guards() as guards:
+            out = perturb(*leaves, **settings, dtype=torch.float16, channels_last=formats[1], impl=impl)
+            wanted = [leaf for leaf in leaves if leaf.requires_grad]
+            found = torch.autograd.grad(out, wanted, guarded(output)) if wanted else ()
+        assert guards.untouched()
+        return [out, *found]
+
+    first, second = run(0), run(255)
+    assert all(torch.isfinite(a).all() and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_an_empty_batch_stays_empty_and_gives_no_gradient(impl: str):
+    images, settings = arguments("a field", batch=0)
+    settings["patterns"].requires_grad_()
+    out = perturb(images, **settings, impl=impl)
+    assert out.shape == images.shape
     out.sum().backward()
-    assert "patterns" not in settings or torch.isfinite(settings["patterns"].grad).all()
+    assert torch.equal(settings["patterns"].grad, torch.zeros_like(settings["patterns"]))
 
 
 def test_it_is_an_operator_that_compiles_without_a_break(impl: str):
@@ -272,7 +299,11 @@ def test_it_is_an_operator_that_compiles_without_a_break(impl: str):
     weights = torch.rand(2, 3, device=DEVICE)
     given = (images.requires_grad_(), patterns, places, weights, *map(list, MEAN_STD), torch.float32, True, impl)
     torch.library.opcheck(perturb_module._op, given)
-    assert torch.equal(torch.compile(call, backend="aot_eager")(images, patterns), call(images, patterns))
+    for source in (images, images.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()):
+        back = (torch.ones_like(images), source, patterns, places, weights, list(MEAN_STD[1]), [True, True], impl)
+        torch.library.opcheck(perturb_module._backward_op, back, test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(images, patterns), call(images, patterns))
 
 
 BAD = {
@@ -295,6 +326,42 @@ def test_what_does_not_fit_is_refused_in_one_line(case: str):
     call, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         call(IMAGES)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["a patch", "a field"])
+def test_on_a_gpu_a_batch_of_training_s_size_is_right_and_a_hundred_runs_give_the_same_bits(kind: str):
+    side, given = 224, KINDS[kind]
+    h, w = (side, side) if given["shape"] == (H, W) else (38, 38)
+    images = (255 * draw(256, 3, side, side)).byte().to(DEVICE)
+    top, left = torch.randint(side - h + 1, (256,)), torch.randint(side - w + 1, (256,))
+    patterns = (64 * draw(1, 3, h, w, seed=1)).floor() / 64 + 1 / 128  # as in `arguments`: no sum is just 0 or 1
+    patterns = patterns.to(DEVICE, torch.float32).requires_grad_()
+    output = draw(256, 3, side, side, seed=2).to(DEVICE, torch.bfloat16, memory_format=torch.channels_last)
+
+    def run(impl: str) -> list[torch.Tensor]:
+        weights = {"keep": given["keep"], "gain": given["gain"], "top": top, "left": left}
+        form = {"normalise": MEAN_STD, "dtype": torch.bfloat16, "channels_last": True}
+        out = perturb(images, patterns, **weights, **form, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out, patterns, output)]
+
+    first = run("triton")
+    for mine, right in zip(first, run("torch"), strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-2, atol=1e-2)
+    assert all(torch.equal(a, b) for _ in range(100) for a, b in zip(first, run("triton"), strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_there_may_be_more_images_than_an_axis_of_a_grid_has_programs():
+    images = draw(70_000, 3, 4, 4).to(DEVICE, torch.float32).requires_grad_()
+    pattern = draw(1, 3, 4, 4, seed=1).to(DEVICE, torch.float32).requires_grad_()
+
+    def run(impl: str) -> list[torch.Tensor]:
+        out = perturb(images, pattern, keep=0.5, gain=0.5, impl=impl)
+        return [out.detach(), *torch.autograd.grad(out.sum(), [images, pattern])]
+
+    for mine, right in zip(run("triton"), run("torch"), strict=True):
+        torch.testing.assert_close(mine, right)
 
 
 COMPILE = """

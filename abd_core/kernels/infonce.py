@@ -197,28 +197,32 @@ def _forward(
     p = None if positives is None else positives.to(scale.dtype)
     batch, (row_weight, column_weight) = len(q), weights
     rows = max(1, min(batch, CHUNK_BYTES // (len(k) * q.element_size())))
-    at = torch.arange(batch, device=q.device)
 
-    def chunks() -> Iterator[tuple[slice, torch.Tensor]]:
+    def chunks() -> Iterator[tuple[slice, int, torch.Tensor]]:
+        """Rows, the diagonal on which their positives lie, logits."""
         for start in range(0, batch, rows):
             part = slice(start, start + rows)
             logits = scale * q[part] @ k.T
             if p is not None:
-                here = at[: len(logits)]
-                logits[here, here + start + offset] = scale * (q[part] * p[part]).sum(1)
-            yield part, logits
+                logits.diagonal(start + offset).copy_(scale * (q[part] * p[part]).sum(1))
+            yield part, start + offset, logits
 
-    several, columns = rows < batch, torch.full((len(k),), -torch.inf, dtype=q.dtype, device=q.device)
+    several = rows < batch
+    if not grads and not several:
+        ((_, _, logits),) = chunks()
+        terms = [
+            logits.log_softmax(side).diagonal(offset).sum() * -w for side, w in zip((1, 0), weights, strict=True) if w
+        ]
+        return torch.stack(terms).sum() / batch, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
+    columns = q.new_full((len(k),), -torch.inf)
     if column_weight and several:
-        for _, logits in chunks():
+        for _, _, logits in chunks():
             columns = torch.logaddexp(columns, logits.logsumexp(0))
     total = q.new_zeros(())
-    dq, dk = (torch.zeros_like(q), torch.zeros_like(k)) if grads else (q.new_empty(0), q.new_empty(0))
-    dp = torch.zeros_like(q) if grads and p is not None else q.new_empty(0)
-    for part, logits in chunks():
-        here = at[: len(logits)]
-        there = here + part.start + offset
-        own = logits[here, there].clone()
+    dq, dk = (q.new_empty(q.shape), k.new_zeros(k.shape)) if grads else (q.new_empty(0), q.new_empty(0))
+    dp = q.new_empty(q.shape if grads and p is not None else (0,))
+    for part, diagonal, logits in chunks():
+        own = logits.diagonal(diagonal).clone()
         share: torch.Tensor | None = (
             None  # the probabilities, weighted; each direction's overwrite a copy of the logits
         )
@@ -231,18 +235,20 @@ def _forward(
         if column_weight:
             if not several:
                 columns = logits.logsumexp(0)
-            total += column_weight * (columns[there] - own).sum()
+            total += column_weight * (columns[diagonal : diagonal + len(own)] - own).sum()
             odds = logits.sub_(columns).exp_().mul_(column_weight)
             share = odds if share is None else share.add_(odds)
         if grads:
             assert share is not None  # a weight is not 0
-            share[here, there] -= row_weight + column_weight
+            pull = share.diagonal(diagonal)
+            pull -= row_weight + column_weight
             if p is not None:
-                pull = share[here, there, None]
-                dp[part] = pull * q[part]
-                dq[part] = pull * p[part]
-                share[here, there] = 0
-            dq[part] += share @ k
+                dp[part] = pull[:, None] * q[part]
+                alone = pull[:, None] * p[part]
+                pull.zero_()
+            torch.mm(share, k, out=dq[part])
+            if p is not None:
+                dq[part] += alone
             dk.addmm_(share.T, q[part])
     # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
     return total / batch, dq, dk, (q * dq).sum() if grads else q.new_empty(0), dp

@@ -32,8 +32,8 @@ def perturb(
     """Images with a pattern each, as the encoder wants them: ((keep * x + gain * pattern) in [0, 1] - mean) / std.
 
     Outside of its pattern an image is left as it is, but for clamping and normalising. Differentiable once in images
-    and patterns, with torch's rule for `clamp`: the gradient passes where a value is in [0, 1]. The gradient of a
-    pattern is summed over the batch in a fixed order: the same inputs give the same bits.
+    and patterns: the gradient passes where a value is in [0, 1], bounds included. The gradient of a pattern is summed
+    over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
         images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
@@ -47,7 +47,7 @@ def perturb(
         impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
 
     Raises:
-        ValueError: shapes, places or `impl` do not fit.
+        ValueError: shapes, places or `impl` do not fit. Compiled, the values of places and choices are not looked at.
     """
     if images.ndim != 4 or not (images.is_floating_point() or images.dtype == torch.uint8):
         raise ValueError(f"perturb: (B, C, H, W) of floats or uint8 expected, not {tuple(images.shape)} {images.dtype}")
@@ -66,14 +66,15 @@ def perturb(
         choice = torch.full((batch,), count - 1)
     # Places are drawn on the CPU, where looking at them costs no wait for the device.
     places = [_each(value, batch, "a place", torch.int64) for value in (choice, top, left)]
-    if count and (
-        any((place < 0).any() for place in places[1:])
-        or (places[1] > height - h).any()
-        or (places[2] > width - w).any()
-    ):
-        raise ValueError(f"perturb: a {h}x{w} pattern leaves its {height}x{width} image")
-    if (places[0] < -1).any() or (places[0] >= count).any():
-        raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
+    if not torch.compiler.is_compiling():  # to look at values would break the graph
+        if count and (
+            any((place < 0).any() for place in places[1:])
+            or (places[1] > height - h).any()
+            or (places[2] > width - w).any()
+        ):
+            raise ValueError(f"perturb: a {h}x{w} pattern leaves its {height}x{width} image")
+        if (places[0] < -1).any() or (places[0] >= count).any():
+            raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
     work = torch.float64 if images.dtype == torch.float64 else torch.float32
     weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
@@ -144,13 +145,11 @@ def _run(
 
         return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
     # One tensor in the result's layout from the first step on: on a CPU, fresh memory costs more than arithmetic.
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    x = images.to(patterns.dtype, memory_format=layout, copy=True)
-    if images.dtype == torch.uint8:
-        x.div_(255)
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x = _floats(images, patterns.dtype, form)
     window, keep, gain, chosen = _windows(x, patterns, places, weights)
     if window is None:
-        x.mul_(keep).add_(gain * chosen)
+        x.mul_(keep).add_(gain * chosen.contiguous(memory_format=form))
     elif len(patterns):
         pixels = x.permute(0, 2, 3, 1)
         pixels[window] = keep * pixels[window] + gain * chosen.permute(0, 2, 3, 1)
@@ -190,25 +189,29 @@ def _run_backward(
 
         return backward(grad, images, patterns, places, weights, std, needed)
     window, keep, gain, chosen = _windows(images, patterns, places, weights)
-    whole = window is None
-    if whole:
-        painted, through = keep * _floats(images, patterns.dtype) + gain * chosen, grad
-    else:
-        seen = _floats(images.permute(0, 2, 3, 1)[window], patterns.dtype)
-        painted, through = keep * seen + gain * chosen.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)[window]
-    through = through.to(patterns.dtype) * ((painted >= 0) & (painted <= 1))
+    whole, form = window is None, layout(grad)
+    last = not whole or form == torch.channels_last  # the order in memory, in which sums over the batch are fast
+    x, through = _floats(images, patterns.dtype, form) if whole else images, grad
+    if last:
+        x, through, chosen = (tensor.permute(0, 2, 3, 1) for tensor in (x, through, chosen))
+    if not whole:
+        x, through = _floats(x[window], patterns.dtype), through[window]
+    x.mul_(keep).add_(gain * chosen.contiguous())
+    through = x.eq_(x.clamp(0, 1)).mul_(through)  # 1 where the gradient passes, else 0: in the values' place
     of_images = of_patterns = patterns.new_empty(0)
     deviation = patterns.new_tensor(std or [1.0]).view(-1, 1, 1)
     if needed[0]:
-        of_images = through * keep if whole else grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
-        if not whole and len(patterns):
+        if whole:
+            of_images = (through * keep).permute(0, 3, 1, 2) if last else through * keep
+        else:
+            of_images = grad.to(patterns.dtype) * ((images >= 0) & (images <= 1))
             of_images.permute(0, 2, 3, 1)[window] = through * keep
-        of_images = (of_images / deviation).to(images.dtype)
+        of_images = of_images.div_(deviation).to(images.dtype, memory_format=layout(images))
     if needed[1]:
         # One pattern after the other, in a fixed order: index_add has none on a GPU.
         taken = [through] if len(keep) == 1 else [through[places[0] == i] for i in range(len(patterns))]
         of_patterns = torch.stack([weight * part.sum(0) for weight, part in zip(weights[1], taken, strict=True)])
-        of_patterns = (of_patterns if whole else of_patterns.permute(0, 3, 1, 2)) / deviation
+        of_patterns = (of_patterns.permute(0, 3, 1, 2) if last else of_patterns) / deviation
         of_patterns = of_patterns.contiguous()
     return of_images, of_patterns
 
@@ -219,8 +222,8 @@ _backward_op = torch.library.custom_op("abd_core::perturb_backward", _run_backwa
 @_backward_op.register_fake
 def _(grad, images, patterns, places, weights, std, needed, impl):  # type: ignore[no-untyped-def]
     return (
-        torch.empty_like(images) if needed[0] else patterns.new_empty(0),
-        torch.empty_like(patterns) if needed[1] else patterns.new_empty(0),
+        torch.empty_like(images, memory_format=layout(images)) if needed[0] else patterns.new_empty(0),
+        patterns.new_empty(patterns.shape if needed[1] else 0),
     )
 
 
@@ -259,8 +262,23 @@ _eager = torch.compiler.disable(_Eager.apply)
 # --- in torch ---------------------------------------------------------------------------------------------------------
 
 
-def _floats(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return images.to(dtype) / 255 if images.dtype == torch.uint8 else images.to(dtype)
+def layout(images: torch.Tensor) -> torch.memory_format:
+    """Channels last where images (B, C, H, W) lie so and not otherwise too, else contiguous."""
+    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _floats(
+    pixels: torch.Tensor, dtype: torch.dtype, form: torch.memory_format = torch.contiguous_format
+) -> torch.Tensor:
+    """A copy of pixels, bytes divided by 255."""
+    if form == layout(pixels):
+        x = pixels.to(dtype, memory_format=form, copy=True)
+    else:  # channel by channel, which on a CPU is some times as fast as all at once
+        x = torch.empty(pixels.shape, dtype=dtype, device=pixels.device, memory_format=form)
+        for channel, source in zip(x.unbind(1), pixels.unbind(1), strict=True):
+            channel.copy_(source)
+    return x.div_(255) if pixels.dtype == torch.uint8 else x
 
 
 def _windows(

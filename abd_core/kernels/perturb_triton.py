@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from abd_core.kernels.perturb import layout
+
 GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
 PROGRAMS = 1024  # that share a gradient of the patterns, about
 
@@ -39,6 +41,13 @@ def _together(x0, x1, x2, x3, x4, x5, x6, x7):
     even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
     odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
     return tl.reshape(tl.join(even, odd), (x0.shape[0], 8))
+
+
+@triton.jit
+def _block(size, GROUPS: tl.constexpr):
+    """Which image (or pattern) of `size` pixels and which block of it a program has: one axis has room for all."""
+    blocks = tl.cdiv(size, 8 * GROUPS)
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks
 
 
 @triton.jit
@@ -98,7 +107,7 @@ def _paint(
     green,
     blue,
     sample,
-    group,
+    block,
     patterns,
     places,
     weights,
@@ -116,11 +125,11 @@ def _paint(
     top = tl.load(places + batch + sample).to(tl.int32)
     left = tl.load(places + 2 * batch + sample).to(tl.int32)
     share = tl.full((GROUPS, 8), 1.0, tl.float32)
-    begin = tl.program_id(0) * GROUPS * 8
+    begin = block * GROUPS * 8
     if (
         (choice >= 0) & ((begin + GROUPS * 8 - 1) // WIDTH >= top) & (begin // WIDTH < top + h)
     ):  # few blocks meet a patch
-        at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+        at = begin + 8 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 8)[None, :]
         inside = at < AREA
         size = AREA if WHOLE else h * w
         if not WHOLE:
@@ -170,13 +179,13 @@ def _forward_kernel(
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    sample = tl.program_id(1)
+    sample, block = _block(AREA, GROUPS)
     image = sample.to(tl.int64) * 3 * AREA
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    group = block * GROUPS + tl.arange(0, GROUPS)
     red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, BYTES)
     if PAINT:
         red, green, blue, _ = _paint(
-            red, green, blue, sample, group, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
         )
     red = _normalised(red, mean, inverse_std, 0, NORMALISE)
     green = _normalised(green, mean, inverse_std, 1, NORMALISE)
@@ -214,15 +223,15 @@ def _images_kernel(
     GRAD_LAST: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    sample = tl.program_id(1)
+    sample, block = _block(AREA, GROUPS)
     image = sample.to(tl.int64) * 3 * AREA
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    group = block * GROUPS + tl.arange(0, GROUPS)
     red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, False)
     of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST, False)
     share = tl.full((GROUPS, 8), 1.0, tl.float32)
     if PAINT:
         red, green, blue, share = _paint(
-            red, green, blue, sample, group, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
         )
     of_red = _passed(of_red, red, share, inverse_std, 0, NORMALISE)
     of_green = _passed(of_green, green, share, inverse_std, 1, NORMALISE)
@@ -263,12 +272,12 @@ def _patterns_kernel(
     BYTES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    which = tl.program_id(1)
     size = AREA if WHOLE else h * w
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    which, block = _block(size, GROUPS)
+    group = block * GROUPS + tl.arange(0, GROUPS)
     pixel = 8 * group[:, None] + tl.arange(0, 8)[None, :]
     mask = pixel < size
-    own = patterns + which * 3 * size + pixel
+    own = patterns + which.to(tl.int64) * 3 * size + pixel
     gain = tl.load(weights + count + which)
     red = gain * tl.load(own, mask=mask, other=0.0)
     green = gain * tl.load(own + size, mask=mask, other=0.0)
@@ -277,7 +286,7 @@ def _patterns_kernel(
     of_red = tl.zeros((GROUPS, 8), tl.float32)
     of_green = tl.zeros((GROUPS, 8), tl.float32)
     of_blue = tl.zeros((GROUPS, 8), tl.float32)
-    first = tl.program_id(2) * each
+    first = tl.program_id(1) * each
     for i in range(0, tl.minimum(each, batch - first)):
         sample = first + i
         if tl.load(places + sample) == which:
@@ -294,7 +303,7 @@ def _patterns_kernel(
             of_red += _passed(dr, keep * r + red, gain, inverse_std, 0, NORMALISE)
             of_green += _passed(dg, keep * g + green, gain, inverse_std, 1, NORMALISE)
             of_blue += _passed(db, keep * b + blue, gain, inverse_std, 2, NORMALISE)
-    own = out + (tl.program_id(2) * count + which) * 3 * size + pixel
+    own = out + (tl.program_id(1) * count + which).to(tl.int64) * 3 * size + pixel
     tl.store(own, of_red, mask=mask)
     tl.store(own + size, of_green, mask=mask)
     tl.store(own + 2 * size, of_blue, mask=mask)
@@ -308,8 +317,8 @@ def _constants(values: tuple[float, ...], device: torch.device, inverse: bool) -
 
 def _laid_out(images: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Images (B, C, H, W) without gaps, and whether their channels lie last."""
-    last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-    return (images if last else images.contiguous()), last
+    form = layout(images)
+    return images.contiguous(memory_format=form), form == torch.channels_last
 
 
 def _check(images: torch.Tensor) -> None:
@@ -337,7 +346,7 @@ def forward(
     batch, _, height, width = images.shape
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS), batch)](
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
         source,
         patterns.contiguous(),
         places,
@@ -384,13 +393,13 @@ def backward(
     of_images, of_patterns = patterns.new_empty(0), patterns.new_empty(0)
     if needed[0]:
         of_images = torch.empty_like(source)
-        grid = (triton.cdiv(height * width, 8 * GROUPS), batch)
+        grid = (triton.cdiv(height * width, 8 * GROUPS) * batch,)
         _images_kernel[grid](*inputs, of_images, *sizes, PAINT=count > 0, **fixed)
     if needed[1]:
         blocks = triton.cdiv(h * w, 8 * GROUPS)
-        each = triton.cdiv(batch, triton.cdiv(PROGRAMS, blocks * count))
+        each = max(1, triton.cdiv(batch, triton.cdiv(PROGRAMS, blocks * count)))  # a batch may be empty
         parts = patterns.new_empty((triton.cdiv(batch, each), *patterns.shape))
         bytes_in = images.dtype == torch.uint8
-        _patterns_kernel[(blocks, count, len(parts))](*inputs, parts, *sizes, each, BYTES=bytes_in, **fixed)
+        _patterns_kernel[(blocks * count, len(parts))](*inputs, parts, *sizes, each, BYTES=bytes_in, **fixed)
         of_patterns = parts.sum(0)
     return of_images, of_patterns
