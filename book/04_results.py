@@ -285,8 +285,8 @@ plots.cost_table(pd.concat([grid, again]), timed)
 plots.costs(pd.concat([grid, again]), timed, title="Wall time of one run");
 
 # %% [markdown]
-# What ABD's search takes is no row of that table. The benchmarks have timed its step, without the GAN's loss and on batches that are larger
-# than its own; as many such steps as the search makes:
+# What ABD's search takes is no row of that table. The benchmarks have timed its step, on batches that are larger than its own; as many such
+# steps as the search makes:
 
 # %%
 steps = read_benchmarks(BenchmarksConfig().path).query("benchmark == 'adversary step' and metric == 'step'")

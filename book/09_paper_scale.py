@@ -254,7 +254,7 @@ large = measured["benchmark"].isin(["training step", "adversary step"]) & measur
 rows = []
 for (device, case), part in measured[large].groupby(["device", "case"], sort=False):
     speed = part[part["metric"].eq("speed")].set_index("variant")["value"]
-    memory = part[part["metric"].eq("peak memory")].set_index("variant")["value"] / 1024
+    memory = part[part["metric"].str.startswith("peak memory")].set_index("variant")["value"] / 1024
     for stage, variants in timed_as.items():
         for variant in [variant for variant in variants if variant in speed.index]:
             rate, pairs = speed[variant], seen[stage]
