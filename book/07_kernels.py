@@ -206,6 +206,8 @@ for device, part in measured.groupby("device", sort=False):
 # %% [markdown]
 # Rows of an adversary's step whose case names no width are of an earlier benchmark: of the generator's step alone, with two of its losses. Of the steps on
 # a GPU, "peak memory" is what torch had allocated, without what CUDA graphs keep; "peak memory reserved", which is measured now, has it.
+# The H200's figures of perturbing are of an earlier benchmark, which timed the copy by the clock, the call included: that makes the ceiling too low and
+# their shares of it too high. Its rows of *abd_core torch* are of earlier code.
 #
 # ### By the clock
 
