@@ -110,7 +110,7 @@ class SuspectInputs(Config):
     """Which model is defended."""
 
     checkpoint: str = option(
-        "", "the suspect's weights: a file or a Hugging Face folder; '': the victim of the attack above", place=True
+        "", "the suspect's weights: a file or a Hugging Face folder; '': the victim of an attack run here", place=True
     )
 
 

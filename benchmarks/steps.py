@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -407,7 +408,7 @@ def main() -> None:
                     report.note(case, variant, "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)
         report.write()
     adversaries = {"plain AdvCLIP": True, "abd_core": False}
-    runs = {name: lambda p=plain: adversary_loop(pairs, plain=p) for name, plain in adversaries.items()}  # type: ignore[misc]
+    runs = {name: partial(adversary_loop, pairs, plain=plain) for name, plain in adversaries.items()}
     measured(Report("adversary step"), f"{case}, width {WIDTH}", runs, until=until, turns=2 if LARGE else TURNS)
 
 

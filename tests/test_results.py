@@ -287,8 +287,8 @@ def made(seeds: dict[str, tuple[float, ...]], paper: dict[str, float] | None = N
         for name, shares in seeds.items()
         for i, v in enumerate(shares)
     ]
-    stated = lambda frame: frame["defence"].map(paper or {}).astype(float)  # noqa: E731
-    return pd.DataFrame(rows).assign(device="a processor", paper_value=stated)
+    frame = pd.DataFrame(rows).assign(device="a processor")
+    return frame.assign(paper_value=frame["defence"].map(paper or {}).astype(float))
 
 
 @pytest.mark.parametrize(
