@@ -387,11 +387,7 @@ class NoisePatch(Perturbed):
     settings = (*Perturbed.settings, "patch_place", "patch_area")
 
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
-        size = images.shape[-1]
-        side = patch_side(self.config.patch_area, size)
-        noise = torch.rand(3, side, side, generator=rng(self.config.seed, "noise patch"))
-        patch = placed(Perturbation("patch", noise, size, "random"), self.config.patch_place)
-        return patch(images, rng(self.config.seed, "place", at.step))
+        return noise_patch(self.config, images.shape[-1])(images, rng(self.config.seed, "place", at.step))
 
 
 class RandomErasing(Perturbed):
@@ -422,6 +418,13 @@ class GaussianNoise(Perturbed):
     def perturb(self, images: torch.Tensor, at: Step) -> torch.Tensor:
         noise = torch.randn(images.shape, generator=rng(self.config.seed, "noise", at.step))
         return (images + self.config.noise_sigma * noise.to(images)).clamp(0, 1)
+
+
+def noise_patch(config: DefendConfig, size: int) -> Perturbation:
+    """A run's patch of uniform noise, for images of `size` px."""
+    side = patch_side(config.patch_area, size)
+    noise = torch.rand(3, side, side, generator=rng(config.seed, "noise patch"))
+    return placed(Perturbation("patch", noise, size, "random"), config.patch_place)
 
 
 def placed(perturbation: Perturbation, place: str) -> Perturbation:

@@ -46,9 +46,16 @@ class Disagreement:
         """
         both = round(share * len(images))
         shown = both - both // 2
-        mask = squares(shown, images.shape[-1], self.sides, generator).to(images.device)
-        parts = [torch.where(mask, self.window.to(images), images[:shown]), add(images[shown:both], self.field)]
-        return torch.cat([*parts, images[both:]])
+        return torch.cat([self.show(images[:shown], generator), self.add(images[shown:both]), images[both:]])
+
+    def show(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Images (B, 3, R, R), each with a square of the window at a random place."""
+        mask = squares(len(images), images.shape[-1], self.sides, generator).to(images.device)
+        return torch.where(mask, self.window.to(images), images)
+
+    def add(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, R, R) in [0, 1] with the field added, clamped."""
+        return add(images, self.field)
 
     def save(self, path: Path) -> None:
         with atomic(path) as temporary:

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import argparse
 import csv
-import multiprocessing
+import functools
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, observed_
 from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.detectors import Decree
-from abd_core.grid import GRIDS, Cell, use_cores
+from abd_core.grid import GRIDS, Cell, pooled
 from abd_core.paths import Run, atomic, read_json, sha256, shown, versions
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
@@ -322,7 +321,7 @@ def run(
     left, failed = [member for member in chosen if member.key(audited) not in done], []
     total = len(chosen)
     with progress(stage="population", total=total, initial=total - len(left), unit="model") as bar:
-        for member, made in _made(left, audited, processes):
+        for member, made in pooled(functools.partial(make, audited=audited), left, processes):
             if isinstance(made, AbdError):
                 failed.append(f"{member.name}: {made}")
             else:
@@ -331,30 +330,6 @@ def run(
                     shutil.rmtree(poison(member.config).folder)
             bar.update()
     return failed
-
-
-def _made(
-    left: Sequence[Member], audited: AuditConfig, processes: int
-) -> Iterator[tuple[Member, dict[str, Any] | AbdError]]:
-    """Each member with its row, or with why there is none, as they get done."""
-    if processes == 1:
-        for member in left:
-            try:
-                yield member, make(member, audited)
-            except AbdError as error:
-                yield member, error
-        return
-    use_cores(processes)  # the children take OMP_NUM_THREADS over
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        running = {pool.submit(make, member, audited): member for member in left}
-        for future in as_completed(running):
-            try:
-                yield running[future], future.result()
-            except AbdError as error:
-                yield running[future], error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

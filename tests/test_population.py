@@ -77,7 +77,7 @@ def test_the_population_goes_on_where_it_stopped(stand_in: Path, tmp_path: Path,
     assert bad["drift_compared"] and bad["drift_alone"] and bad["git_sha"] and bad["run_id"]
     assert all(bool(row["published_decree"]) == (row["half"] == "report") for row in (bad, clean))
     assert {bad["half"], clean["half"]} == set(HALVES)
-    monkeypatch.setattr(population, "make", None)
+    monkeypatch.setattr(population, "make", pytest.fail)
     population.run(chosen, output=output, audited=AUDITED)
 
 
