@@ -48,7 +48,8 @@ lock: $(VENV)/installed-dev ## Write constraints.txt: the versions of this envir
 	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==[^ ]+$$' > constraints.txt
 
 test-gpu: $(VENV)/installed-dev ## Run the tests of the kernels on a GPU, with compute-sanitizer where there is one
-	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py tests/test_graphs.py
+	$(BIN)/pytest tests/test_infonce.py tests/test_perturb.py tests/test_graphs.py \
+	    tests/test_defences.py::test_auto_augment_is_torchvision_s_imagenet_policy_on_each_image
 	if command -v compute-sanitizer > /dev/null; then \
 	    for tool in memcheck racecheck; do \
 	        compute-sanitizer --tool $$tool --error-exitcode 1 $(BIN)/pytest -x tests/test_infonce.py tests/test_perturb.py \

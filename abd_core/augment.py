@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torchvision import transforms
+from torchvision.transforms import functional
+from torchvision.transforms.v2.functional import equalize
 
 
 def _each(transform: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, seed: int) -> torch.Tensor:
@@ -16,10 +19,62 @@ def _each(transform: Callable[[torch.Tensor], torch.Tensor], images: torch.Tenso
         return torch.stack([transform(image) for image in images.cpu()]).to(images.device)
 
 
+POLICY = transforms.AutoAugment()  # the ImageNet policy, and torchvision's draws from it
+OPERATIONS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "": lambda pixels, _: pixels,
+    "AutoContrast": lambda pixels, _: functional.autocontrast(pixels),
+    "Color": lambda pixels, level: functional.adjust_saturation(pixels, 1 + level),
+    "Contrast": lambda pixels, level: functional.adjust_contrast(pixels, 1 + level),
+    "Equalize": lambda pixels, _: equalize(pixels),
+    "Invert": lambda pixels, _: functional.invert(pixels),
+    "Posterize": lambda pixels, bits: functional.posterize(pixels, int(bits)),
+    "Rotate": lambda pixels, angle: functional.rotate(pixels, angle),
+    "Sharpness": lambda pixels, level: functional.adjust_sharpness(pixels, 1 + level),
+    "ShearX": lambda pixels, slope: functional.affine(
+        pixels, 0.0, [0, 0], 1.0, [math.degrees(math.atan(slope)), 0.0], center=[0, 0]
+    ),
+    "Solarize": lambda pixels, threshold: functional.solarize(pixels, threshold),
+}
+BINS = torch.arange(10)
+LEVELS = {  # of an operation's ten bins, and whether a coin turns the sign
+    **{name: (torch.linspace(0, 0.9, 10), True) for name in ("Color", "Contrast", "Sharpness")},
+    "Posterize": (8 - (BINS / 2.25).round(), False),
+    "Rotate": (torch.linspace(0, 30, 10), True),
+    "ShearX": (torch.linspace(0, 0.3, 10), True),
+    "Solarize": (torch.linspace(255, 0, 10), False),
+}
+
+
 def auto_augment(images: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """AutoAugment's ImageNet policy (Cubuk et al. 2019), drawn for each image; CleanCLIP's image augmentation."""
+    """AutoAugment's ImageNet policy (Cubuk et al. 2019), drawn for each image; CleanCLIP's image augmentation.
+
+    What `torchvision.transforms.AutoAugment` makes of one image after the other, with images that draw the same
+    operation taken together, where they are.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = [_drawn() for _ in images]
     pixels = (images * 255).round().to(torch.uint8)  # its operations are defined on whole grey levels
-    return _each(transforms.AutoAugment(), pixels, seed).to(images.dtype) / 255
+    for operations in zip(*drawn, strict=True):  # first the first of each image, then the second
+        order = torch.tensor(sorted(range(len(images)), key=operations.__getitem__))
+        counts = sorted(Counter(operations).items())
+        parts = pixels.index_select(0, order.to(pixels.device)).split([count for _, count in counts])
+        done = [OPERATIONS[name](part, level) for ((name, level), _), part in zip(counts, parts, strict=True)]
+        pixels = torch.cat(done).index_select(0, order.argsort().to(pixels.device))
+    return pixels.to(images.dtype) / 255
+
+
+def _drawn() -> list[tuple[str, float]]:
+    """The two operations of one image, with their levels; "" where chance leaves one out."""
+    policy, chances, coins = POLICY.get_params(len(POLICY.policies))
+    drawn = []
+    for (name, probability, place), chance, coin in zip(POLICY.policies[policy], chances, coins, strict=True):
+        level = 0.0
+        if place is not None:
+            levels, signed = LEVELS[name]
+            level = levels[place].item() * (-1 if signed and coin == 0 else 1)
+        drawn.append((name, level) if chance <= probability else ("", 0.0))
+    return drawn
 
 
 def crop_colour_blur(images: torch.Tensor, *, seed: int) -> torch.Tensor:
