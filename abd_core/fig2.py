@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,27 +22,30 @@ from typing import Any
 import pandas as pd
 import torch
 
-from abd_core import inputs, models, similarity
+from abd_core import inputs, models, results, similarity
 from abd_core.config import AbdError, Config, ConfigError, option
 from abd_core.data import class_index, rng
 from abd_core.defences import ABDD, DEFENCES, DefendConfig, NoisePatch, noise_patch
 from abd_core.disagreement import Disagreement
 from abd_core.evaluate import image_features, prompt_features, zero_shot_weights
 from abd_core.generator import Perturbation
-from abd_core.grid import GRIDS, Cell, pooled
+from abd_core.grid import ATTACKS, GRIDS, Cell, pooled
 from abd_core.notebook import given_parameters
-from abd_core.paths import Run, atomic, data_dir, read_json, regular, shown, versions
-from abd_core.results import VICTIM, half_width
+from abd_core.paths import Run, atomic, data_dir, read_json, shown, versions
+from abd_core.results import VICTIM, half_width, read_rows
 from abd_core.similarity import COMPARISONS, Change
 from abd_core.train import progress
 from abd_core.triggers import load_trigger
 
 BASE, SUSPECT, DEFENDED = "clean base", "victim", "defended"
 MOVED = "moved to the target, %"
-COLUMNS = (
-    *("attack", "perturbation", "seed", "split", "model", "measure"),
-    *("value", "ci_low", "ci_high", "n", "device", "versions", "git_sha", "run_id"),
-)
+KEY = ("attack", "perturbation", "seed", "split", "model", "measure")
+_LABEL, _NUMBER = results.COLUMNS["attack"], (results.number(-math.inf), "a number")
+COLUMNS: results.Columns = {
+    **{name: results.COLUMNS.get(name, _LABEL) for name in KEY},
+    **dict.fromkeys(("value", "ci_low", "ci_high"), _NUMBER),
+    **{name: results.COLUMNS[name] for name in ("n", "device", "versions", "git_sha", "run_id")},
+}
 
 
 def default_table() -> Path:
@@ -146,20 +150,17 @@ def measures(
 
 
 def read(path: Path) -> pd.DataFrame:
-    """The rows at `path`.
+    """The rows at `path`, columns as in `COLUMNS`; attacks in the order of the grid's labels.
 
     Raises:
-        RunError: there is no such file.
-        AbdError: it is another kind of table.
+        RunError: the file is missing or no CSV text.
+        ResultsError: as `results.read_rows`.
     """
-    regular(path)
-    try:
-        table = pd.read_csv(path, dtype={"value": float, "ci_low": float, "ci_high": float, "n": int, "seed": int})
-    except ValueError as error:
-        raise AbdError(f"{path}: not a table of similarities: {error}") from None
-    if tuple(table.columns) != COLUMNS:
-        raise AbdError(f"{path}: not a table of similarities; its columns shall be {','.join(COLUMNS)}")
-    return table
+    table = pd.DataFrame(read_rows(path, COLUMNS, key=KEY).values())
+    ranks = {name: rank for rank, name in enumerate(ATTACKS)}
+    return table.sort_values(
+        "attack", key=lambda names: names.map(ranks).fillna(len(ranks)), kind="stable", ignore_index=True
+    )
 
 
 def _written(path: Path) -> list[dict[str, Any]]:
@@ -204,8 +205,7 @@ def measured(cells: Sequence[Cell], common: Mapping[str, Any] | None) -> list[di
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """The rows, sorted; of those of one cell, perturbation, model and measure the last."""
-    key = ("attack", "perturbation", "seed", "split", "model", "measure")
-    latest = {tuple(row[name] for name in key): row for row in rows}
+    latest = {tuple(row[name] for name in KEY): row for row in rows}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, list(COLUMNS), lineterminator="\n")

@@ -528,6 +528,20 @@ def estimates(table: pd.DataFrame, *, index: str, columns: str, digits: int = 1)
     return wide.loc[table[index].unique(), table[columns].unique()].rename_axis(index=None, columns=None)
 
 
+def seeds_table(means: pd.DataFrame, *, index: Sequence[str], columns: str = "model", digits: int = 1) -> pd.DataFrame:
+    """Rows of `fig2.over_seeds` to read: cells `mean ± half the 95 % interval (seeds)`, in the order of the table."""
+    cells = [
+        f"{row.value:.{digits}f}"
+        + ("" if row.seeds < 2 else f" ± {row.ci_high - row.value:.{digits}f}")
+        + f" ({row.seeds})"
+        for row in means.itertuples()
+    ]
+    key = [means[name] for name in index]
+    wide = means.assign(cell=cells).pivot(index=list(index), columns=columns, values="cell")
+    order = list(dict.fromkeys(zip(*key, strict=True) if len(key) > 1 else key[0]))
+    return wide.fillna("").reindex(index=order, columns=means[columns].unique()).rename_axis(columns=None)
+
+
 def intervals(axes: Axes, table: pd.DataFrame, *, row: str) -> None:
     """Values with their 95 % intervals as horizontal whiskers: a line for each `row`, a colour for each `model`.
 

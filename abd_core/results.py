@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,14 +92,16 @@ def read_benchmarks(path: Path) -> pd.DataFrame:
     return table
 
 
-def _number(low: float, high: float = math.inf, *, kind: type = float, empty: bool = False) -> Callable[[str], Any]:
+def number(low: float, high: float = math.inf, *, kind: type = float, empty: bool = False) -> Callable[[str], Any]:
+    """Reads a finite number in [low, high], or NaN where the text may be empty and is."""
+
     def read(text: str) -> Any:
         if empty and not text:
             return math.nan
-        number = kind(text)
-        if not low <= number <= high or math.isinf(number):
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
             raise ValueError
-        return number
+        return value
 
     return read
 
@@ -119,19 +121,19 @@ def _name(text: str) -> str:
     return text
 
 
-# column -> how its text is read, and what is allowed
-COLUMNS: dict[str, tuple[Callable[[str], Any], str]] = {
+Columns = Mapping[str, tuple[Callable[[str], Any], str]]  # column -> how its text is read, and what is allowed
+COLUMNS: Columns = {
     "attack": (_name, "a name"),
     "defence": (_name, "a name"),
-    "seed": (_number(0, kind=int), "a whole number ≥ 0"),
+    "seed": (number(0, kind=int), "a whole number ≥ 0"),
     "split": (_one_of(TEST_VENDORS), f"one of {', '.join(TEST_VENDORS)}"),
     "metric": (_one_of(METRICS), f"one of {', '.join(METRICS)}"),
-    "value": (_number(0, 1), "a share in [0, 1]"),
-    "n": (_number(1, kind=int), "a whole number ≥ 1"),
-    "ci_low": (_number(0, 1), "a share in [0, 1]"),
-    "ci_high": (_number(0, 1), "a share in [0, 1]"),
-    "paper_value": (_number(0, 1, empty=True), "a share in [0, 1] or nothing"),
-    "seconds": (_number(0, empty=True), "a number ≥ 0 or nothing"),
+    "value": (number(0, 1), "a share in [0, 1]"),
+    "n": (number(1, kind=int), "a whole number ≥ 1"),
+    "ci_low": (number(0, 1), "a share in [0, 1]"),
+    "ci_high": (number(0, 1), "a share in [0, 1]"),
+    "paper_value": (number(0, 1, empty=True), "a share in [0, 1] or nothing"),
+    "seconds": (number(0, empty=True), "a number ≥ 0 or nothing"),
     "device": (str, ""),
     "versions": (str, ""),
     "git_sha": (str, ""),
@@ -150,6 +152,24 @@ def read_results(path: Path) -> pd.DataFrame:
         ResultsError: a column is missing, a value is not allowed, a measurement is there twice, or rows of the same
             attack, defence and metric name different values of the paper. The line is named.
     """
+    rows = read_rows(path, COLUMNS, key=("attack", "defence", "seed", "split", "metric"))
+    stated: dict[tuple, tuple[float, int]] = {}
+    for line, row in rows.items():
+        if not math.isnan(paper := row["paper_value"]):
+            value, earlier = stated.setdefault((row["attack"], row["defence"], row["metric"]), (paper, line))
+            if value != paper:
+                raise ResultsError(f"{path}, line {line}: paper_value = {paper}: {value} in line {earlier}")
+    return _in_order(pd.DataFrame(rows.values()))
+
+
+def read_rows(path: Path, columns: Columns, *, key: Iterable[str]) -> dict[int, dict[str, Any]]:
+    """The rows of a CSV of measurements by their lines, with the columns `columns`; others are left out.
+
+    Raises:
+        RunError: the file is missing or no CSV text.
+        ResultsError: a column is missing, there are no rows, a value is not allowed or outside its interval, or a
+            measurement, which the columns `key` name, is there twice. The line is named.
+    """
     regular(path)
     try:
         with path.open(newline="", encoding="utf-8") as f:
@@ -158,22 +178,17 @@ def read_results(path: Path) -> pd.DataFrame:
     except (UnicodeDecodeError, csv.Error) as error:
         raise RunError(f"damaged file: {path}: no CSV ({error})") from None
     header = lines[0][1] if lines else []
-    if missing := [name for name in COLUMNS if name not in header]:
-        raise ResultsError(f"{path}: no column {', '.join(map(repr, missing))}; needed: {', '.join(COLUMNS)}")
+    if missing := [name for name in columns if name not in header]:
+        raise ResultsError(f"{path}: no column {', '.join(map(repr, missing))}; needed: {', '.join(columns)}")
     if len(lines) == 1:
         raise ResultsError(f"{path}: no rows")
-    rows = [_row(fields, header, f"{path}, line {number}") for number, fields in lines[1:]]
+    rows = {number: _row(fields, header, columns, f"{path}, line {number}") for number, fields in lines[1:]}
     first: dict[tuple, int] = {}
-    stated: dict[tuple, tuple[float, int]] = {}
-    for (number, _), row in zip(lines[1:], rows, strict=True):
-        measured = tuple(row[name] for name in ("attack", "defence", "seed", "split", "metric"))
+    for number, row in rows.items():
+        measured = tuple(row[name] for name in key)
         if (earlier := first.setdefault(measured, number)) != number:
             raise ResultsError(f"{path}, line {number}: measured twice, see line {earlier}: {measured}")
-        if not math.isnan(paper := row["paper_value"]):
-            value, earlier = stated.setdefault((row["attack"], row["defence"], row["metric"]), (paper, number))
-            if value != paper:
-                raise ResultsError(f"{path}, line {number}: paper_value = {paper}: {value} in line {earlier}")
-    return _in_order(pd.DataFrame(rows))
+    return rows
 
 
 def _in_order(table: pd.DataFrame) -> pd.DataFrame:
@@ -187,11 +202,11 @@ def _in_order(table: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _row(fields: list[str], header: list[str], where: str) -> dict[str, Any]:
+def _row(fields: list[str], header: list[str], columns: Columns, where: str) -> dict[str, Any]:
     if len(fields) != len(header):
         raise ResultsError(f"{where}: {len(header)} fields expected, not {len(fields)}")
     texts, row = dict(zip(header, fields, strict=True)), {}
-    for name, (read, allowed) in COLUMNS.items():
+    for name, (read, allowed) in columns.items():
         try:
             row[name] = read(texts[name])
         except ValueError:

@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
 
 import open_clip
 
-from abd_core import adversary, audit, data, defend, evaluate, explore, inputs, models, poison, pretrain, results
+from abd_core import adversary, audit, data, defend, evaluate, explore, fig2, inputs, models, poison, pretrain, results
 from abd_core.config import Config
 
 # What the tests of the kernels draw from: another number in each run, which a failure prints and workers inherit.
@@ -230,4 +230,5 @@ def concrete_configs() -> list[type[Config]]:
         explore.ExploreConfig,
         results.ResultsConfig,
         results.BenchmarksConfig,
+        fig2.Fig2Config,
     ]

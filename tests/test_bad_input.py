@@ -22,7 +22,7 @@ from conftest import ARCHITECTURE, start_python
 from safetensors.torch import load_file, save_file
 
 from abd_core import adversary as adversary_module
-from abd_core import badclip, defences, disagreement, grid, launch, paths, train
+from abd_core import badclip, defences, disagreement, fig2, grid, launch, paths, train
 from abd_core import poison as poison_module
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.audit import AuditConfig, AuditInputs, audit, image_folder, read_classes
@@ -31,6 +31,7 @@ from abd_core.defences import DefendConfig
 from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.explore import own_image
+from abd_core.fig2 import Fig2Config
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
 from abd_core.notebook import given_parameters, stage_configs, summary
@@ -105,6 +106,7 @@ STAGES = {
     "evaluate": {"evaluate": EvaluateConfig},
     "results": {"results": ResultsConfig},
     "benchmarks": {"benchmarks": BenchmarksConfig},
+    "fig2": {"fig2": Fig2Config},
 }
 
 
@@ -174,6 +176,7 @@ parameters("pretrain", {"retrain": "maybe"}, "PretrainConfig.retrain", "'maybe'"
 parameters("evaluate", {"split": "train"}, "EvaluateConfig.split", "'train'", "'dev', 'eval'")
 parameters("results", {"results": 5}, "ResultsConfig.results", "5", "str expected")
 parameters("benchmarks", {"benchmarks": False}, "BenchmarksConfig.benchmarks", "False", "str expected")
+parameters("fig2", {"similarities": None}, "Fig2Config.similarities", "None", "str expected")
 
 # --- settings that only the data can refuse ---------------------------------------------------------------------
 
@@ -575,6 +578,23 @@ for column, text, allowed in [
 case(
     "results, a value outside its interval", lambda w: results(w, changed("value", "0.9")), "line 2", "outside [ci_low"
 )
+SEEN = dict(
+    zip(fig2.COLUMNS, [*["BadNet", "ABD", "0", "eval", "victim", "m", "1", "0", "2", "9"], "", "", "", ""], strict=True)
+)
+for column, text, told in [
+    ("perturbation", " ", "a name expected"),
+    ("seed", "-1", "a whole number ≥ 0 expected"),
+    ("value", "nan", "a number expected"),
+    ("ci_low", "low", "a number expected"),
+    ("value", "3", "outside [ci_low, ci_high]"),
+]:
+    content = "\n".join([",".join(fig2.COLUMNS), ",".join((SEEN | {column: text}).values())])
+    case(
+        f"similarities, {column} = {text!r}",
+        lambda w, content=content: fig2.read(w.file("s.csv", content)),
+        *("s.csv, line 2", column, told),
+    )
+case("similarities, another table", lambda w: fig2.read(w.file("s.csv", f"{HEADER}\n{ROW}\n")), "no column 'perturb")
 case("benchmarks, missing", lambda w: read_benchmarks(w.here / "none.csv"), "missing file", "none.csv")
 case("benchmarks, another table", lambda w: read_benchmarks(w.file("b.csv", "a,b\n1,2\n")), "b.csv", "columns missing")
 case("benchmarks, no numbers", lambda w: read_benchmarks(w.file("b.csv", "value\nx\n")), "b.csv", "'x'")

@@ -12,7 +12,7 @@ import torch
 from conftest import ARCHITECTURE
 from scipy import stats
 
-from abd_core import fig2, grid, models
+from abd_core import fig2, grid, models, plots
 from abd_core.config import AbdError, ConfigError
 from abd_core.defences import DefendConfig, NoisePatch
 from abd_core.disagreement import Disagreement
@@ -122,7 +122,7 @@ def stood_in(cells: list[Cell], common: dict) -> list[dict]:
     if cells[0].seed == 1:
         raise RunError("no luck")
     numbers = {"seed": cells[0].seed, "value": 0.5, "ci_low": 0.0, "ci_high": 1.0, "n": 3}
-    return [dict.fromkeys(fig2.COLUMNS, "x") | numbers]
+    return [dict.fromkeys(fig2.COLUMNS, "x") | {"split": "eval"} | numbers]
 
 
 def rows(values: dict[tuple[str, str], list[float]]) -> pd.DataFrame:
@@ -145,6 +145,22 @@ def test_means_over_seeds_have_the_t_interval_of_scipy():
     assert row["value"] == 4.0 and math.isnan(row["ci_low"]) and math.isnan(row["ci_high"])
 
 
+def test_the_table_to_read_has_means_half_intervals_and_the_number_of_seeds():
+    found = over_seeds(rows({(SUSPECT, "m"): [3.0, 5.0, 10.0], (BASE, "m"): [4.04], (SUSPECT, "other"): [1.0, 1.0]}))
+    shown = plots.seeds_table(found, index=["measure"])
+    half = stats.t.interval(0.95, 2, loc=6.0, scale=stats.sem([3.0, 5.0, 10.0]))[1] - 6
+    assert shown.loc["m"].to_dict() == {SUSPECT: f"6.0 ± {half:.1f} (3)", BASE: "4.0 (1)"}
+    assert shown.loc["other"].to_dict() == {SUSPECT: "1.0 ± 0.0 (2)", BASE: ""}
+    both = plots.seeds_table(found, index=["attack", "measure"], digits=2)
+    assert list(both.index) == [("BadNet", "m"), ("BadNet", "other")] and both.iloc[0][BASE] == "4.04 (1)"
+
+
+def test_attacks_come_in_the_order_of_the_grid(tmp_path: Path):
+    path, one = tmp_path / "similarity.csv", stood_in([Cell("x", "ABD", 0, "eval")], {})[0]
+    fig2.write(path, [{**one, "attack": name} for name in ("another", "BadCLIP", "BadNet")])
+    assert fig2.read(path)["attack"].tolist() == ["BadNet", "BadCLIP", "another"]
+
+
 def test_what_the_poisoning_adds_is_taken_seed_by_seed():
     table = rows({(SUSPECT, "m"): [9.0, 7.0], (BASE, "m"): [1.0, 4.0], (SUSPECT, "alone"): [1.0, 1.0]})
     found = beyond_base(table)
@@ -161,16 +177,7 @@ def test_the_papers_order_is_compared_seed_by_seed():
         assert found[f"{higher} > {lower}", 1] == 2 * (places[higher] - places[lower])
 
 
-def test_another_table_is_refused_in_one_line(tmp_path: Path):
-    path = tmp_path / "similarity.csv"
-    path.write_text("attack,value\nBadNet,1\n")
-    with pytest.raises(AbdError, match=r"not a table of similarities"):
-        fig2.read(path)
-    path.write_text(",".join(fig2.COLUMNS) + "\n" + ",".join(["x"] * len(fig2.COLUMNS)) + "\n")
-    with pytest.raises(AbdError, match=r"not a table of similarities"):
-        fig2.read(path)
-    with pytest.raises(RunError, match="missing file"):
-        fig2.read(tmp_path / "none.csv")
+def test_the_committed_table_is_not_written_with_other_parameters():
     with pytest.raises(ConfigError, match="--output expected"):
         fig2.main(["-p", "limit", "64"])
 

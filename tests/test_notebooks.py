@@ -21,6 +21,7 @@ from abd_core.adversary import AdversaryConfig
 from abd_core.audit import AuditConfig, AuditInputs
 from abd_core.defend import DefendConfig
 from abd_core.explore import ExploreConfig
+from abd_core.fig2 import Fig2Config
 from abd_core.inputs import SuspectInputs
 from abd_core.models import EMBEDDED
 from abd_core.notebook import SHARED, summary
@@ -41,7 +42,12 @@ STAGES = {
     },
     "04_results": {"results": ResultsConfig},  # these two run in test_results.py
     "05_ablations": {"results": ResultsConfig},
-    "06_similarity": {"poison": PoisonConfig, "adversary": AdversaryConfig, "defend": DefendConfig},
+    "06_similarity": {
+        "poison": PoisonConfig,
+        "adversary": AdversaryConfig,
+        "defend": DefendConfig,
+        "fig2": Fig2Config,
+    },
     "07_kernels": {"benchmarks": BenchmarksConfig},
     "09_paper_scale": {"benchmarks": BenchmarksConfig},
     "08_explore": {
