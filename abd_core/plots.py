@@ -536,10 +536,8 @@ def seeds_table(means: pd.DataFrame, *, index: Sequence[str], columns: str = "mo
         + f" ({row.seeds})"
         for row in means.itertuples()
     ]
-    key = [means[name] for name in index]
-    wide = means.assign(cell=cells).pivot(index=list(index), columns=columns, values="cell")
-    order = list(dict.fromkeys(zip(*key, strict=True) if len(key) > 1 else key[0]))
-    return wide.fillna("").reindex(index=order, columns=means[columns].unique()).rename_axis(columns=None)
+    wide = means.assign(cell=cells).pivot_table("cell", list(index), columns, aggfunc="first", sort=False)
+    return wide.fillna("").rename_axis(columns=None)
 
 
 def intervals(axes: Axes, table: pd.DataFrame, *, row: str) -> None:
