@@ -96,14 +96,13 @@ def measure(cell: Cell, common: Mapping[str, Any] | None = None) -> list[dict[st
     target = class_index(test.class_names, trigger.target)
     environment = read_json(defended.file("config.json"))["environment"]
     origin = {"device": environment["device"], "versions": versions(environment), "git_sha": environment["git_sha"]}
-    found = changes(job.config, runs, test.images.shape[-1])
     rows = []
     for model, path in weights.items():
         encoder = models.load(path)
         prompts = prompt_features(encoder, test.class_names, test.templates)
         classifier = zero_shot_weights(encoder, test.class_names, test.templates)
         plain = {"original": image_features(encoder, test), "backdoor": image_features(encoder, test, change=trigger)}
-        for name, change in found.items():
+        for name, change in changes(job.config, runs, test.images.shape[-1]).items():  # anew: places as for the others
             images = {**plain, "adversarial": image_features(encoder, test, change=change)}
             table = measures(images, prompts, classifier, test.labels, target=target, seed=cell.seed)
             label = f"{cell.defence}, {name}" if name else cell.defence

@@ -102,6 +102,9 @@ def test_the_changes_are_those_that_the_defences_train_on(small: Path):
     sides = inside.any(1).any(1).sum(1)
     assert ((sides >= 7) & (sides <= 24)).all()  # of 64 px: an eighth to three eighths
 
+    again = fig2.changes(configs["ABD-D"], runs["ABD-D"], 64)["window"]  # as for each model
+    assert torch.equal(again(IMAGES), window) and not torch.equal(again(IMAGES), window)
+
     with pytest.raises(AbdError, match="FT: no perturbation of its own"):
         fig2.changes(DefendConfig(defence="ft"), {}, 64)
 
