@@ -6,13 +6,15 @@ import functools
 import math
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
 import pandas as pd
 import pytest
 import torch
-from conftest import ARCHITECTURE
+from conftest import ARCHITECTURE, ROOT
 from scipy import stats
 
-from abd_core import fig2, grid, models, plots
+from abd_core import fig2, grid, models, plots, similarity
 from abd_core.config import AbdError, ConfigError
 from abd_core.defences import DefendConfig, NoisePatch
 from abd_core.disagreement import Disagreement
@@ -178,6 +180,34 @@ def test_the_papers_order_is_compared_seed_by_seed():
     assert len(found) == 2 * len(COMPARISONS)
     for higher, lower in COMPARISONS:
         assert found[f"{higher} > {lower}", 1] == 2 * (places[higher] - places[lower])
+
+
+def over_attacks_and_seeds(path: Path) -> pd.DataFrame:
+    """The first table of that section of chapter 6, by the section's own cells."""
+    cells = nbformat.read(ROOT / "book" / "06_similarity.ipynb", 4).cells
+    titles = [cell.source.split("\n")[0] for cell in cells]
+    own = cells[titles.index("## Over attacks and seeds") : titles.index("## Summary")]
+    namespace = {"over": fig2.Fig2Config(similarities=str(path)), "pd": pd, "plt": plt, "plots": plots}
+    namespace["similarity"] = similarity
+    for cell in own:
+        if cell.cell_type == "code":
+            exec(cell.source, namespace)
+    plt.close("all")
+    return namespace["over_table"]
+
+
+def test_a_value_changed_in_a_copy_of_the_table_changes_what_chapter_6_shows(tmp_path: Path):
+    table = fig2.read(fig2.default_table())
+    cell = {"attack": "BadNet", "perturbation": "ABD", "seed": 1, "model": SUSPECT, "measure": f"adversarial: {MOVED}"}
+    (row,) = table.index[(table[list(cell)] == pd.Series(cell)).all(axis=1)]
+    changed = table.copy()
+    changed.loc[row, ["value", "ci_low", "ci_high"]] = [50.0, 49.0, 51.0]
+    fig2.write(tmp_path / "copy.csv", changed.to_dict("records"))
+    shown, other = over_attacks_and_seeds(fig2.default_table()), over_attacks_and_seeds(tmp_path / "copy.csv")
+    apart = (shown != other).stack()
+    assert set(apart[apart].index) == {("BadNet", "ABD", SUSPECT), ("BadNet", "ABD", f"{SUSPECT} - {BASE}")}
+    of_seeds = changed[(changed[list(cell)].drop(columns="seed") == pd.Series(cell).drop("seed")).all(axis=1)]["value"]
+    assert other.loc[("BadNet", "ABD"), SUSPECT].startswith(f"{of_seeds.mean():.1f} ± ")
 
 
 def test_the_committed_table_is_not_written_with_other_parameters():
