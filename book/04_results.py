@@ -68,7 +68,7 @@ from abd_core.results import (
 )
 
 plots.style()
-OURS, VARIANT, HONEST = "ABD", "ABD-D", ["clean weights", "WiSE-FT"]
+OURS, LITERAL, VARIANT, HONEST = "ABD", "ABD, literal", "ABD-D", ["clean weights", "WiSE-FT"]
 grid = grid[~grid["attack"].isin(GRIDS["adaptive"].attacks)]  # those are chapter 10's
 attacks = list(grid["attack"].unique())
 in_paper = list(grid.dropna(subset="paper_value")["attack"].unique())
@@ -88,11 +88,17 @@ grid.groupby("attack", sort=False).agg(
 #
 # *ABD* stands here at this project's defaults. Three of these are not the literal readings of the paper: the perturbation is a patch and not
 # added everywhere, its place is drawn for each image and not fixed, and BatchNorm keeps the victim's statistics in fine-tuning. The next
-# chapter says why, and has the [literal ones](05_ablations), measured on the development split: *ABD, additive*, *ABD, fixed placement*
-# and *ABD, BatchNorm of the batch*.
+# chapter says why, and takes the [literal ones](05_ablations) one at a time on the development split. *ABD, literal* has them together: what
+# is added everywhere has no place, and BatchNorm learns from the perturbed batches.
 
 # %%
-plots.table(grid, in_paper, defences)
+plots.table(grid, in_paper, [VICTIM, OURS, LITERAL, *(name for name in defences if name not in (VICTIM, OURS))])
+
+# %% [markdown]
+# What the letter costs: *ABD, literal* minus *ABD*, paired by seed.
+
+# %%
+plots.bullets(findings(differences(grid, [(LITERAL, OURS)])))
 
 # %% [markdown]
 # The same runs one by one, each with the interval that its test images leave it:
@@ -122,8 +128,8 @@ plots.replication_table(grid, again)
 
 # %%
 clean_ca = grid[(grid["defence"] == "clean weights") & (grid["metric"] == "ca_top1")].groupby("seed")["value"].first()
-victims = grid[grid["defence"] == VICTIM].pivot_table("value", ["attack", "seed"], "metric", sort=False)
-victims = victims.reindex(columns=["asr", "ca_top1"])
+untreated = grid[grid["defence"] == VICTIM]
+victims = untreated.pivot_table("value", ["attack", "seed"], "metric", sort=False).reindex(columns=["asr", "ca_top1"])
 victims["lost"] = victims.index.get_level_values("seed").map(clean_ca) - victims["ca_top1"]
 asr, lost = (victims.groupby("attack", sort=False)[name] for name in ("asr", "lost"))
 worst = {"ASR": asr.mean(), "least ASR": asr.min(), "CA lost": lost.mean(), "most CA lost": lost.max()}
@@ -138,8 +144,16 @@ missed = {
     f"mean CA more than {100 * CA_LOSS:.0f} points lost": lost.mean() > CA_LOSS,
     f"a single victim's CA more than {100 * CA_LOSS:.0f} points lost": lost.max() > CA_LOSS,
 }
+each = untreated[untreated["metric"] == "ca_top1"].set_index(["attack", "seed"])
+each = each.assign(lost=victims["lost"], asked=each.index.get_level_values("seed").map(clean_ca) - CA_LOSS)
 plots.bullets(
-    f"{aim}: {', '.join(f'*{name}*' for name in short.index[short]) or 'no attack'}" for aim, short in missed.items()
+    [f"{aim}: {', '.join(f'*{name}*' for name in short.index[short]) or 'no attack'}" for aim, short in missed.items()]
+    + [
+        f"*{escape.markdown(attack)}*, seed {seed}: {100 * row['lost']:.1f} points lost. Its CA's own 95 % interval,"
+        f" {100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f} %,"
+        f" {'holds' if row['ci_high'] >= row['asked'] else 'lies below'} the aim, {100 * row['asked']:.1f} %"
+        for (attack, seed), row in each[each["lost"] > CA_LOSS].iterrows()
+    ]
 )
 
 # %% [markdown]
@@ -186,7 +200,8 @@ plots.bullets(findings(honest))
 # *ABD-D*, a variant of this project and not of the paper, asks for it directly: its perturbations are those on which victim and
 # clean model *disagree* most. Two are sought, by gradient steps on their pixels and without a GAN: an image of which a square window is
 # shown at a place drawn for each image, for triggers that are local, and a field that is added everywhere, for those that are not.
-# Fine-tuning then is ABD's own. It owns what ABD owns. Below: ABD-D minus each other defence.
+# Fine-tuning then is ABD's own. It owns what ABD owns. [Chapter 6](06_similarity) counts how many images each of these perturbations leads to
+# the attacker's target. Below: ABD-D minus each other defence.
 
 # %%
 varied = differences(grid, [(VARIANT, name) for name in defences if name != VARIANT])
@@ -387,6 +402,10 @@ for name in (OURS, VARIANT):
     kept = [attack for (defence, attack), names in missed.items() if defence == name and not names]
     told = ", ".join(f"*{escape.markdown(attack)}*" for attack in kept)
     lines.append(f"{name} meets every aim that was measured on: {told or 'no attack'}.")
+by_letter = here.unstack("defence").reindex(index=in_paper, columns=[LITERAL, OURS]).dropna().round(0)
+if len(by_letter):
+    told = [f"{row[LITERAL]:.0f} % on *{name}* (defaults: {row[OURS]:.0f} %)" for name, row in by_letter.iterrows()]
+    lines.append(f"By the letter of the paper, ABD leaves an ASR of {', '.join(told)}.")
 restored = here[here.index.isin(["clean weights"], level="defence")]
 if len(restored):
     lines.append(

@@ -38,7 +38,7 @@ search = search.drop_duplicates(["attack", "seed", "metric", "run_id"])  # the s
 # %%
 import pandas as pd
 
-from abd_core import escape, plots
+from abd_core import escape, fig2, plots
 from abd_core.adversary import AdversaryConfig
 from abd_core.defend import DefendConfig
 from abd_core.grid import GRIDS, Cell
@@ -234,7 +234,7 @@ plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
 #
 # If ABD worked because its adversary finds the backdoor, three things would show. Eq. (2), which is to look for the backdoor, would add something
 # to AdvCLIP's perturbation. A patch that the generator makes before it has learnt anything would do less. And the victim would take perturbed
-# images for the target, as it takes triggered ones: [chapter 6](06_similarity) counts both, on one victim. The first two:
+# images for the target, as it takes triggered ones. The first two:
 
 # %%
 with_it = differences(grid, [("I_adv + T", "UAP + T"), (OURS, f"{OURS}, without Eq. (2)")], ["asr"])
@@ -251,10 +251,52 @@ plots.bullets(
 )
 
 # %% [markdown]
+# The third, from the table of [chapter 6](06_similarity#over-attacks-and-seeds), on the evaluation split: how many more of the images
+# move to the target on the victim than on the clean base, in points, with 95 % intervals over seeds.
+
+# %%
+similar = fig2.read(fig2.default_table())
+poisoned = fig2.over_seeds(fig2.beyond_base(similar))
+
+
+def poison_adds(measure: str, attack: str, *names: str) -> str:
+    """What the poisoning adds to a measure, perturbation by perturbation."""
+    rows = poisoned[poisoned["measure"].eq(measure) & poisoned["attack"].eq(attack)].set_index("perturbation")
+    shown = rows.reindex(list(names)).dropna(subset="value").itertuples()
+    return "; ".join(f"{row.Index} {row.value:+.1f} [{row.ci_low:+.1f}, {row.ci_high:+.1f}]" for row in shown)
+
+
+sought = (OURS, f"{OURS}, literal", "noise patch", "ABD-D, window", "ABD-D, field")
+plots.bullets(
+    f"*{attack}*: {poison_adds(f'adversarial: {fig2.MOVED}', attack, *sought)}; the trigger itself"
+    f"{poison_adds(f'backdoor: {fig2.MOVED}', attack, OURS).removeprefix(OURS)}"
+    for attack in similar["attack"].unique()
+)
+
+# %% [markdown]
 # As far as Eq. (2) adds nothing that can be told, an untrained patch does no worse, and perturbed images seldom go to the target, the
 # perturbation is not the backdoor found. Then ABD works, where it works, as fine-tuning on images of which a part is replaced, and its
-# controls share that. What it does beyond them, by the points above, needs another reason. One conjecture, which no row tests: BadCLIP's trigger is
-# itself a patch that was optimised on a CLIP, and so may have in common with ABD's what noise has not.
+# controls share that; ABD-D, whose perturbations are sought where victim and clean base disagree, shows by its rows what a backdoor found
+# looks like. What ABD does beyond its controls, by the points above, needs another reason. A conjecture is that BadCLIP's trigger, itself
+# a patch that was optimised on a CLIP, has in common with ABD's what noise has not. Then, on BadCLIP and not elsewhere, ABD's patch moves the
+# features more in the trigger's direction than a patch of noise does: on the victim, and by what the poisoning has added to the clean base.
+# Cosines of the mean shifts, ABD's less the noise patch's, paired by seed:
+
+# %%
+shift = similar[similar["measure"] == "cosine of the mean shifts"]
+turned = pd.concat([shift[shift["model"] == fig2.SUSPECT], fig2.beyond_base(shift)])
+turned = turned.pivot_table("value", ["attack", "seed", "model", "measure"], "perturbation", sort=False)
+nearer = fig2.over_seeds((turned[OURS] - turned["noise patch"]).rename("value").reset_index().assign(perturbation=OURS))
+supported = nearer.assign(above=nearer["ci_low"] > 0).groupby("attack", sort=False)["above"].all()
+plots.bullets(
+    f"*{attack}*: "
+    + "; ".join(
+        f"{row.model}: {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
+        for row in nearer[nearer["attack"] == attack].itertuples()
+    )
+    + (" (nearer to the trigger's direction by both)" if above else "")
+    for attack, above in supported.items()
+)
 
 # %% [markdown]
 # ## The search for the settings of each defence

@@ -346,6 +346,10 @@ whole.reindex(steps["variant"].unique()).dropna(how="all").map(lambda share: "" 
 # each encoder as a CUDA graph, which is one launch, and reads the loss of a step while the next one is under way. Rows named "no graphs" are of the
 # same loop without graphs.
 #
+# **Augmenting together.** AutoAugment, which CleanCLIP asks for, draws two operations for each image. Images that draw the same one are given to it
+# together and on their own device, with the pixels that torchvision makes of one image after the other. Rows of CleanCLIP on a GPU that are older than
+# that, as the `git_sha` in the table tells, sent all images to the CPU and back, one by one.
+#
 # **By part.** Where the time of a step goes, in % of it, by torch's profiler and without graphs; "other" is Python, the loss, EDA, and what a GPU waits:
 
 # %%
