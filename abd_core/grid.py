@@ -207,7 +207,8 @@ GRIDS: dict[str, Grid] = {
         ),
         range(3),
     ),
-    "fig2": Grid(PAPER, ("ABD", "ABD, literal", "ABD-D", "noise patch"), range(5)),  # and see abd_core.fig2
+    # And see abd_core.fig2.
+    "fig2": Grid(PAPER, ("ABD", "ABD, literal", "ABD, untrained patch", "ABD-D", "noise patch"), range(5)),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
     "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
     "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),
