@@ -238,20 +238,23 @@ plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
 
 # %%
 with_it = differences(grid, [("I_adv + T", "UAP + T"), (OURS, f"{OURS}, without Eq. (2)")], ["asr"])
-untrained = read[read["defence"].eq(f"{OURS}, untrained patch") & read["metric"].eq("asr")]
+UNTRAINED = f"{OURS}, untrained patch"
+learnt = differences(grid, [(UNTRAINED, OURS)], ["asr"])
+untrained = read[read["defence"].eq(UNTRAINED) & read["metric"].eq("asr")]
 without = read[read["defence"].eq(f"{OURS}, without Eq. (2)") & read["metric"].eq("asr")]
 plots.bullets(
-    [f"evaluation split: {line}" for line in findings(with_it)]
+    [f"evaluation split: {line}" for line in findings(pd.concat([with_it, learnt]))]
     + [f"development split: {line}" for line in findings(pd.concat([without, untrained]))]
     + [
         f"by more than chance, Eq. (2) lowers the ASR in {with_it['side'].eq('lower').sum()} of these {len(with_it)}"
         " comparisons on the evaluation split, and the untrained patch leaves more than ABD in"
-        f" {untrained['side'].eq('higher').sum()} of {len(untrained)}"
+        f" {learnt['side'].eq('higher').sum()} of {len(learnt)} there and in {untrained['side'].eq('higher').sum()} of"
+        f" {len(untrained)} on the development split"
     ]
 )
 
 # %% [markdown]
-# The third, from the table of [chapter 6](06_similarity#over-attacks-and-seeds), on the evaluation split: how many more of the images
+# The third, from the table of [chapter 6](06_similarity), on the evaluation split: how many more of the images
 # move to the target on the victim than on the clean base, in points, with 95 % intervals over seeds.
 
 # %%
@@ -266,7 +269,7 @@ def poison_adds(measure: str, attack: str, *names: str) -> str:
     return "; ".join(f"{row.Index} {row.value:+.1f} [{row.ci_low:+.1f}, {row.ci_high:+.1f}]" for row in shown)
 
 
-sought = (OURS, f"{OURS}, literal", "noise patch", "ABD-D, window", "ABD-D, field")
+sought = (OURS, f"{OURS}, literal", UNTRAINED, "noise patch", "ABD-D, window", "ABD-D, field")
 plots.bullets(
     f"*{attack}*: {poison_adds(f'adversarial: {fig2.MOVED}', attack, *sought)}; the trigger itself"
     f"{poison_adds(f'backdoor: {fig2.MOVED}', attack, OURS).removeprefix(OURS)}"
@@ -279,24 +282,53 @@ plots.bullets(
 # controls share that; ABD-D, whose perturbations are sought where victim and clean base disagree, shows by its rows what a backdoor found
 # looks like. What ABD does beyond its controls, by the points above, needs another reason. A conjecture is that BadCLIP's trigger, itself
 # a patch that was optimised on a CLIP, has in common with ABD's what noise has not. Then, on BadCLIP and not elsewhere, ABD's patch moves the
-# features more in the trigger's direction than a patch of noise does: on the victim, and by what the poisoning has added to the clean base.
-# Cosines of the mean shifts, ABD's less the noise patch's, paired by seed:
+# features more in the trigger's direction than a patch of noise does: on the victim, and by what the poisoning has added to the clean base. And
+# if the adversary has learnt that, ABD's patch does so more than the untrained one. Cosines of the mean shifts, ABD's less the other's, paired
+# by seed:
 
 # %%
+others = ("noise patch", UNTRAINED)
+
+
+def less(rows: pd.DataFrame, other: str) -> pd.DataFrame:
+    """ABD's values less those with another perturbation of the same victims, over seeds."""
+    wide = rows.pivot_table("value", ["attack", "seed", "model", "measure"], "perturbation", sort=False)
+    return fig2.over_seeds((wide[OURS] - wide[other]).rename("value").reset_index().assign(perturbation=other))
+
+
 shift = similar[similar["measure"] == "cosine of the mean shifts"]
-turned = pd.concat([shift[shift["model"] == fig2.SUSPECT], fig2.beyond_base(shift)])
-turned = turned.pivot_table("value", ["attack", "seed", "model", "measure"], "perturbation", sort=False)
-nearer = fig2.over_seeds((turned[OURS] - turned["noise patch"]).rename("value").reset_index().assign(perturbation=OURS))
-supported = nearer.assign(above=nearer["ci_low"] > 0).groupby("attack", sort=False)["above"].all()
+shift = pd.concat([shift[shift["model"] == fig2.SUSPECT], fig2.beyond_base(shift)])
+nearer = pd.concat([less(shift, other) for other in others])
+nearer["cell"] = [f"{row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]" for row in nearer.itertuples()]
+nearer.pivot_table("cell", ["attack", "perturbation"], "model", aggfunc="first", sort=False)
+
+# %% [markdown]
+# And it matters if ABD then leaves less of the backdoor than they do. Images that the trigger still moves to the target in the model that each of
+# them has defended, in % (all on the same victims):
+
+# %%
+left = similar[(similar["model"] == fig2.DEFENDED) & (similar["measure"] == f"backdoor: {fig2.MOVED}")]
+left = left[left["perturbation"] != "ABD-D, window"].replace("ABD-D, field", "ABD-D")  # one model by both
+plots.seeds_table(fig2.over_seeds(left), index=["perturbation"], columns="attack")
+
+# %%
+kept = pd.concat([less(left, other) for other in others])
+nearest = nearer.assign(sure=nearer["ci_low"] > 0).groupby("attack", sort=False)["sure"].all()
+lowest = kept.assign(sure=kept["ci_high"] < 0).groupby("attack", sort=False)["sure"].all()
 plots.bullets(
-    f"*{attack}*: "
-    + "; ".join(
-        f"{row.model}: {row.value:+.2f} [{row.ci_low:+.2f}, {row.ci_high:+.2f}]"
-        for row in nearer[nearer["attack"] == attack].itertuples()
+    f"*{attack}*: ABD leaves "
+    + " and ".join(
+        f"{row.value:+.1f} [{row.ci_low:+.1f}, {row.ci_high:+.1f}] points against *{row.perturbation}*"
+        for row in kept[kept["attack"] == attack].itertuples()
     )
-    + (" (nearer to the trigger's direction by both)" if above else "")
-    for attack, above in supported.items()
+    + f". Surely less than both? **{'Yes' if lowest[attack] else 'No'}.** Surely nearer to the trigger's direction than"
+    f" both? **{'Yes' if nearest[attack] else 'No'}.**"
+    for attack in nearest.index
 )
+
+# %% [markdown]
+# Where both answers are yes, the adversary has learnt something of the trigger, and the defence gains by it: there the paper's idea holds, with
+# or without Eq. (2). Where both are no, what ABD gains is what any patch gains.
 
 # %% [markdown]
 # ## The search for the settings of each defence

@@ -244,10 +244,11 @@ neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), label)
 # ## Over attacks and seeds
 #
 # The same measures for each attack of the paper at several seeds, on the evaluation split. `python -m abd_core.fig2` makes
-# the table, `data/results/similarity.csv`. Five kinds of changed images are held against those with the trigger:
+# the table, `data/results/similarity.csv`. Six kinds of changed images are held against those with the trigger:
 #
 # - *ABD*: the perturbation of chapter 2 at its defaults, a patch;
 # - *ABD, literal*: the other reading of the paper, added to all pixels within the bound;
+# - *ABD, untrained patch*: what the same generator makes before it has learnt anything;
 # - *ABD-D, window* and *ABD-D, field*: the two perturbations of this project's variant, a square of an image and what is
 #   added everywhere, both sought where victim and clean base *disagree* ([chapter 4](04_results));
 # - *noise patch*: the control. Nobody searched for it; it has the size of ABD's patch, and uniform noise in it.
