@@ -553,7 +553,7 @@ def pooled(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> 
                 yield item, error
         return
     use_cores(processes)  # the children take OMP_NUM_THREADS over
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
     try:
         running = {pool.submit(make, item): item for item in items}
         for future in as_completed(running):
