@@ -12,7 +12,6 @@ import argparse
 import csv
 import functools
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +28,8 @@ from abd_core.defences import ABDD, DEFENCES, DefendConfig, NoisePatch, noise_pa
 from abd_core.disagreement import Disagreement
 from abd_core.evaluate import image_features, prompt_features, zero_shot_weights
 from abd_core.generator import Perturbation
-from abd_core.grid import ATTACKS, GRIDS, Cell, pooled
-from abd_core.notebook import given_parameters
+from abd_core.grid import ATTACKS, GRIDS, Cell, command, pooled
+from abd_core.notebook import add_parameters, given_parameters
 from abd_core.paths import Run, atomic, data_dir, read_json, shown, versions
 from abd_core.results import VICTIM, half_width, read_rows
 from abd_core.similarity import COMPARISONS, Change
@@ -55,7 +54,7 @@ def default_table() -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Fig2Config(Config):
-    """Which table the chapter shows."""
+    """Which table of similarities a chapter shows."""
 
     similarities: str = option("", "path of a CSV that `abd_core.fig2` wrote; empty: the committed one")
 
@@ -247,12 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m abd_core.fig2", description="Fig. 2 over attacks and seeds.")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="victims at a time (1)")
     parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/similarity.csv)")
-    parser.add_argument(
-        "-f", "--parameters", type=Path, action="append", default=[], metavar="YAML", help="parameters for every cell"
-    )
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter for every cell"
-    )
+    add_parameters(parser)
     given = parser.parse_args(arguments)
     if given.processes < 1:
         parser.error(f"--processes {given.processes}: >= 1 expected")
@@ -268,10 +262,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AbdError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
-        os._exit(130)
+    command(main)

@@ -41,7 +41,7 @@ from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.config import AbdError, Config, ConfigError, digest, unknown
 from abd_core.defend import DefendConfig, defend
 from abd_core.evaluate import EvaluateConfig, measure
-from abd_core.notebook import given_parameters, stage_configs, stage_parameters
+from abd_core.notebook import add_parameters, given_parameters, stage_configs, stage_parameters
 from abd_core.paths import (
     Run,
     atomic,
@@ -207,7 +207,7 @@ GRIDS: dict[str, Grid] = {
         ),
         range(3),
     ),
-    # And see abd_core.fig2.
+    # Perturbations that abd_core.fig2 holds against the trigger, and ABD by the paper's letter.
     "fig2": Grid(PAPER, ("ABD", "ABD, literal", "ABD, untrained patch", "ABD-D", "noise patch"), range(5)),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
     "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
@@ -565,6 +565,17 @@ def pooled(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> 
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def command(main: Callable[[], int]) -> None:
+    """Run `main` and end the process: an AbdError is one line, and an interrupt loses nothing."""
+    try:
+        sys.exit(main())
+    except AbdError as error:
+        sys.exit(str(error))
+    except KeyboardInterrupt:  # kernels and other processes end when this one does
+        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
+        os._exit(130)
+
+
 def title(job: Job, cell: Cell) -> str:
     """What to call a job that `cell` needs."""
     return f"{cell.attack}, seed {cell.seed}" if job.stage == "poison" else str(cell)
@@ -622,12 +633,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--attacks", nargs="+", default=(), metavar="LABEL", help="only these of the grids' attacks")
     parser.add_argument("--defences", nargs="+", default=(), metavar="LABEL", help="only these of the grids' defences")
     parser.add_argument("--output", type=Path, metavar="CSV", help="the table (data/results/grid.csv)")
-    parser.add_argument(
-        "-f", "--parameters", type=Path, action="append", default=[], metavar="YAML", help="parameters for every cell"
-    )
-    parser.add_argument(
-        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter for every cell"
-    )
+    add_parameters(parser)
     parser.add_argument("--job", metavar="KEY", help="run one job of any grid, and write no table")
     given = parser.parse_args(arguments)
     if given.list:
@@ -674,10 +680,4 @@ def run_one(cells: Sequence[Cell], key: str, common: Mapping[str, Any] | None = 
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AbdError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:  # the kernels end when this process does
-        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
-        os._exit(130)
+    command(main)

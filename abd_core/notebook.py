@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import re
 import sys
@@ -89,6 +90,14 @@ def stage_parameters(listed: Collection[str], **stages: Config) -> dict[str, Any
             if value != field.default:
                 given[name if bare or name in SHARED else f"{stage}_{name}"] = value
     return given
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """The options -f and -p, for `given_parameters`."""
+    parser.add_argument(
+        "-f", "--parameters", type=Path, action="append", default=[], metavar="YAML", help="a file of parameters"
+    )
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="one parameter")
 
 
 def given_parameters(files: Sequence[Path], pairs: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, observed_
 from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.detectors import Decree
-from abd_core.grid import GRIDS, Cell, pooled
+from abd_core.grid import GRIDS, Cell, command, pooled
 from abd_core.paths import Run, atomic, read_json, sha256, shown, versions
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
@@ -357,10 +356,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except AbdError as error:
-        sys.exit(str(error))
-    except KeyboardInterrupt:
-        print("\ninterrupted: what is done is kept", file=sys.stderr, flush=True)
-        os._exit(130)
+    command(main)

@@ -31,7 +31,7 @@ from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.evaluate import image_features
 from abd_core.generator import Perturbation, patch_side
 from abd_core.inputs import TrainInputs
-from abd_core.notebook import given_parameters, stage_configs
+from abd_core.notebook import add_parameters, given_parameters, stage_configs
 from abd_core.paths import cache_dir, environment, read_json, runs_dir, shown, write_json
 from abd_core.poison import PoisonConfig, drawn_trigger
 from abd_core.text import tokenize
@@ -319,8 +319,7 @@ def _memory() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m abd_core.preflight", description="Checks before a long run.")
-    parser.add_argument("-f", "--parameters", type=Path, action="append", default=[], metavar="YAML")
-    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    add_parameters(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="only these (all)")
     given = parser.parse_args(arguments)
     configs = dict(zip(STAGES, stage_configs(given_parameters(given.parameters, given.p), **STAGES), strict=True))
