@@ -372,11 +372,12 @@ from abd_core.kernels import perturb_triton as kernels
 
 for kernel in (kernels._forward_kernel, kernels._images_kernel, kernels._patterns_kernel):
     names = kernel.arg_names
-    types = dict.fromkeys(["images", "grad", "patterns", "weights", "mean", "inverse_std", "out"], "*fp32")
+    types = dict.fromkeys(["images", "grad", "patterns", "weights", "out"], "*fp32")
     types |= {"places": "*i64", **dict.fromkeys(["batch", "count", "h", "w", "each"], "i32")}
     for last in (True, False):
         fixed = {name: last for name in names if name.isupper()}
         fixed |= {"GROUPS": kernels.GROUPS, "AREA": 224 * 224, "WIDTH": 224}
+        fixed |= {name: (0.5, 0.25, 0.2) for name in ("MEAN", "FACTOR") if name in names}
         if last:
             types["images"] = "*u8" if "BYTES" in names else "*bf16"
         signature = {name: types.get(name, "constexpr") for name in names}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -60,37 +61,59 @@ def perturb(
     count, _, h, w = patterns.shape
     if patterns.shape[1] != channels or h > height or w > width:
         raise ValueError(f"perturb: {tuple(patterns.shape)} patterns for {tuple(images.shape)} images")
-    if choice is None:
-        if count > 1:
-            raise ValueError(f"perturb: which of {count} patterns goes to which image?")
-        choice = torch.full((batch,), count - 1)
-    # Places are drawn on the CPU, where looking at them costs no wait for the device.
-    places = [_each(value, batch, "a place", torch.int64) for value in (choice, top, left)]
-    if not torch.compiler.is_compiling():  # to look at values would break the graph
-        if count and (
-            any((place < 0).any() for place in places[1:])
-            or (places[1] > height - h).any()
-            or (places[2] > width - w).any()
-        ):
+    if choice is None and count > 1:
+        raise ValueError(f"perturb: which of {count} patterns goes to which image?")
+    where = (count - 1 if choice is None else choice, top, left)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:  # to look at values would break the graph
+        # Places are drawn on the CPU, where looking at them costs no wait for the device.
+        least, most = zip(*map(_bounds, where), strict=True)
+        if count and (min(least[1:]) < 0 or most[1] > height - h or most[2] > width - w):
             raise ValueError(f"perturb: a {h}x{w} pattern leaves its {height}x{width} image")
-        if (places[0] < -1).any() or (places[0] >= count).any():
+        if least[0] < -1 or most[0] >= count:
             raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
     work = torch.float64 if images.dtype == torch.float64 else torch.float32
-    weights = torch.stack([_each(value, count, "a weight", work) for value in (keep, gain)])
+    places = _table(where, batch, "a place", torch.int64, images.device)
+    weights = _table((keep, gain), count, "a weight", work, images.device)
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
-    place, weights = sent(torch.stack(places), images.device), sent(weights, images.device)
-    given = (images, sent(patterns, images.device).to(work), place, weights, mean, std)
-    call = _op if torch.compiler.is_compiling() else _eager
-    return call(*given, dtype, channels_last, choose(impl, images))
+    patterns = sent(patterns, images.device).to(work)
+    given = (images, patterns, places, weights, mean, std, dtype, channels_last, choose(impl, images))
+    needed = torch.is_grad_enabled() and (images.requires_grad or patterns.requires_grad)
+    return (_op if compiling else _eager if needed else _run)(*given)
 
 
-def _each(value: torch.Tensor | float, count: int, what: str, dtype: torch.dtype) -> torch.Tensor:
-    """One value for each of so many."""
+def _bounds(value: torch.Tensor | int) -> tuple[int, int]:
+    """The least and the greatest of some values; where there are none, 0."""
     if not isinstance(value, torch.Tensor):
-        return torch.full((count,), value, dtype=dtype)
-    if value.shape != (count,):
-        raise ValueError(f"perturb: {what} for each of {count} expected, not {tuple(value.shape)}")
-    return value.to(dtype)
+        return value, value
+    least, most = value.aminmax() if value.numel() else (torch.zeros(()), torch.zeros(()))
+    return int(least), int(most)
+
+
+def _table(
+    values: tuple[torch.Tensor | float, ...], count: int, what: str, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """A row of each value, or of the one for all, on the device: (values, count)."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not any(isinstance(value, torch.Tensor) for value in values):
+        return _kept(values, count, dtype, device)
+    # Pinned, as `sent` has it: the CPU goes on while it is read.
+    table = torch.empty(len(values), count, dtype=dtype, pin_memory=device.type == "cuda" and not compiling)
+    for row, value in zip(table, values, strict=True):
+        if not isinstance(value, torch.Tensor):
+            row.fill_(value)
+        elif value.shape == (count,):
+            row.copy_(value.detach())
+        else:
+            raise ValueError(f"perturb: {what} for each of {count} expected, not {tuple(value.shape)}")
+    return table.to(device, non_blocking=True)
+
+
+@functools.lru_cache
+def _kept(values: tuple[float, ...], count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`_table` of numbers: the same in each step, so that it is sent once."""
+    with torch.inference_mode(False):  # it may be kept for a backward pass later on
+        return torch.tensor(values, dtype=dtype, device=device)[:, None].repeat(1, count)
 
 
 def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ are summed in their order, without atomics.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -51,31 +49,30 @@ def _block(size, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _floats(base, at, mask, BYTES: tl.constexpr):
-    """Pixels as float32 in [0, 1], or a gradient as float32."""
-    value = tl.load(base + at, mask=mask, other=0).to(tl.float32)
-    return value * (1.0 / 255.0) if BYTES else value
+def _floats(base, at, mask):
+    """Pixels or a gradient as float32; bytes stay from 0 to 255."""
+    return tl.load(base + at, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def _load(image, group, AREA: tl.constexpr, LAST: tl.constexpr, BYTES: tl.constexpr):
+def _load(image, group, AREA: tl.constexpr, LAST: tl.constexpr):
     """Red, green and blue (G, 8) of the pixels 8 * group (G,) and following, of one image."""
     eight = tl.arange(0, 8)[None, :]
     if LAST:
         at = 24 * group[:, None] + eight
-        u0, u1, u2, u3, u4, u5, u6, u7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        u0, u1, u2, u3, u4, u5, u6, u7 = _apart(_floats(image, at, at < 3 * AREA))
         at += 8
-        v0, v1, v2, v3, v4, v5, v6, v7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        v0, v1, v2, v3, v4, v5, v6, v7 = _apart(_floats(image, at, at < 3 * AREA))
         at += 8
-        w0, w1, w2, w3, w4, w5, w6, w7 = _apart(_floats(image, at, at < 3 * AREA, BYTES))
+        w0, w1, w2, w3, w4, w5, w6, w7 = _apart(_floats(image, at, at < 3 * AREA))
         red = _together(u0, u3, u6, v1, v4, v7, w2, w5)
         green = _together(u1, u4, u7, v2, v5, w0, w3, w6)
         blue = _together(u2, u5, v0, v3, v6, w1, w4, w7)
     else:
         at = 8 * group[:, None] + eight
-        red = _floats(image, at, at < AREA, BYTES)
-        green = _floats(image + AREA, at, at < AREA, BYTES)
-        blue = _floats(image + 2 * AREA, at, at < AREA, BYTES)
+        red = _floats(image, at, at < AREA)
+        green = _floats(image + AREA, at, at < AREA)
+        blue = _floats(image + 2 * AREA, at, at < AREA)
     return red, green, blue
 
 
@@ -102,6 +99,23 @@ def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexp
 
 
 @triton.jit
+def _field(sample, group, patterns, places, weights, count, AREA: tl.constexpr, UNIT: tl.constexpr):
+    """An image's pattern of its own size, (G, 8) a channel, and the share that the image keeps."""
+    choice = tl.load(places + sample)
+    which = tl.zeros_like(choice)
+    if count > 1:  # with one pattern, no load waits for another
+        which = tl.maximum(choice, 0)
+    share = tl.where(choice >= 0, tl.load(weights + which), 1.0) * UNIT
+    gain = tl.where(choice >= 0, tl.load(weights + count + which), 0.0)
+    at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+    own = patterns + which * 3 * AREA + at
+    red = gain * tl.load(own, mask=at < AREA, other=0.0)
+    green = gain * tl.load(own + AREA, mask=at < AREA, other=0.0)
+    blue = gain * tl.load(own + 2 * AREA, mask=at < AREA, other=0.0)
+    return red, green, blue, share
+
+
+@triton.jit
 def _paint(
     red,
     green,
@@ -117,43 +131,44 @@ def _paint(
     w,
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,  # patterns of the images' size
     GROUPS: tl.constexpr,
 ):
-    """A block of an image with its pattern over it, and the share that the image has in each pixel, (G, 8)."""
+    """A block of an image with its pattern's window over it, and the share that the image has in each pixel, (G, 8)."""
     choice = tl.load(places + sample).to(tl.int32)
     top = tl.load(places + batch + sample).to(tl.int32)
     left = tl.load(places + 2 * batch + sample).to(tl.int32)
     share = tl.full((GROUPS, 8), 1.0, tl.float32)
     begin = block * GROUPS * 8
-    if (
-        (choice >= 0) & ((begin + GROUPS * 8 - 1) // WIDTH >= top) & (begin // WIDTH < top + h)
-    ):  # few blocks meet a patch
+    end = begin + GROUPS * 8 - 1
+    if (choice >= 0) & (end // WIDTH >= top) & (begin // WIDTH < top + h):  # few blocks meet a window
         at = begin + 8 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 8)[None, :]
-        inside = at < AREA
-        size = AREA if WHOLE else h * w
-        if not WHOLE:
-            y = at // WIDTH - top
-            x = at % WIDTH - left
-            inside = inside & (y >= 0) & (y < h) & (x >= 0) & (x < w)
-            at = y * w + x
-        keep = tl.load(weights + choice)
+        y = at // WIDTH - top
+        x = at % WIDTH - left
+        inside = (at < AREA) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+        share = tl.where(inside, tl.load(weights + choice), 1.0)
         gain = tl.load(weights + count + choice)
-        own = patterns + choice.to(tl.int64) * 3 * size
-        share = tl.where(inside, keep, 1.0)
-        red = share * red + gain * tl.load(own + at, mask=inside, other=0.0)
-        green = share * green + gain * tl.load(own + size + at, mask=inside, other=0.0)
-        blue = share * blue + gain * tl.load(own + 2 * size + at, mask=inside, other=0.0)
+        own = patterns + choice.to(tl.int64) * 3 * h * w + y * w + x
+        red = share * red + gain * tl.load(own, mask=inside, other=0.0)
+        green = share * green + gain * tl.load(own + h * w, mask=inside, other=0.0)
+        blue = share * blue + gain * tl.load(own + 2 * h * w, mask=inside, other=0.0)
     return red, green, blue, share
 
 
 @triton.jit
-def _normalised(value, mean, inverse_std, channel: tl.constexpr, NORMALISE: tl.constexpr):
-    """Clamped, and normalised where that is asked for."""
-    value = tl.minimum(tl.maximum(value, 0.0), 1.0)
-    if NORMALISE:
-        value = (value - tl.load(mean + channel)) * tl.load(inverse_std + channel)
-    return value
+def _normalised(value, MEAN: tl.constexpr, FACTOR: tl.constexpr):
+    """Clamped and normalised."""
+    return tl.minimum(tl.maximum(value, 0.0), 1.0) * FACTOR - MEAN * FACTOR
+
+
+@triton.jit
+def _finish(
+    image, group, red, green, blue, MEAN: tl.constexpr, FACTOR: tl.constexpr, AREA: tl.constexpr, LAST: tl.constexpr
+):
+    """Clamped, normalised and written."""
+    red = _normalised(red, MEAN[0], FACTOR[0])
+    green = _normalised(green, MEAN[1], FACTOR[1])
+    blue = _normalised(blue, MEAN[2], FACTOR[2])
+    _store(image, group, red, green, blue, AREA, LAST)
 
 
 @triton.jit
@@ -162,8 +177,6 @@ def _forward_kernel(
     patterns,
     places,
     weights,
-    mean,
-    inverse_std,
     out,
     batch,
     count,
@@ -173,32 +186,42 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
     PAINT: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    MEAN: tl.constexpr,
+    FACTOR: tl.constexpr,
     IMAGES_LAST: tl.constexpr,
     OUT_LAST: tl.constexpr,
-    BYTES: tl.constexpr,
+    UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
     GROUPS: tl.constexpr,
 ):
-    sample, block = _block(AREA, GROUPS)
-    image = sample.to(tl.int64) * 3 * AREA
+    turn, block = _block(AREA, GROUPS)
     group = block * GROUPS + tl.arange(0, GROUPS)
-    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, BYTES)
-    if PAINT:
-        red, green, blue, _ = _paint(
-            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
-        )
-    red = _normalised(red, mean, inverse_std, 0, NORMALISE)
-    green = _normalised(green, mean, inverse_std, 1, NORMALISE)
-    blue = _normalised(blue, mean, inverse_std, 2, NORMALISE)
-    _store(out + image, group, red, green, blue, AREA, OUT_LAST)
+    if PAINT and WHOLE:
+        # Two images a program, of which a last odd one is both: a pattern in float32 has four times the bytes of each.
+        sample, second = 2 * turn, tl.minimum(2 * turn + 1, batch - 1)
+        image, other = sample.to(tl.int64) * 3 * AREA, second.to(tl.int64) * 3 * AREA
+        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+        red2, green2, blue2 = _load(images + other, group, AREA, IMAGES_LAST)
+        r, g, b, share = _field(sample, group, patterns, places, weights, count, AREA, UNIT)
+        r2, g2, b2, share2 = _field(second, group, patterns, places, weights, count, AREA, UNIT)
+        red, green, blue = share * red + r, share * green + g, share * blue + b
+        red2, green2, blue2 = share2 * red2 + r2, share2 * green2 + g2, share2 * blue2 + b2
+        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
+        _finish(out + other, group, red2, green2, blue2, MEAN, FACTOR, AREA, OUT_LAST)
+    else:
+        image = turn.to(tl.int64) * 3 * AREA
+        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+        red, green, blue = UNIT * red, UNIT * green, UNIT * blue
+        if PAINT:
+            red, green, blue, _ = _paint(
+                red, green, blue, turn, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
+            )
+        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
 
 
 @triton.jit
-def _passed(through, value, share, inverse_std, channel: tl.constexpr, NORMALISE: tl.constexpr):
+def _passed(through, value, share, FACTOR: tl.constexpr):
     """The gradient of an image's values, of that of the result."""
-    if NORMALISE:
-        through *= tl.load(inverse_std + channel)
-    return tl.where((value >= 0) & (value <= 1), share * through, 0.0)
+    return tl.where((value >= 0) & (value <= 1), share * (FACTOR * through), 0.0)
 
 
 @triton.jit
@@ -208,7 +231,6 @@ def _images_kernel(
     patterns,
     places,
     weights,
-    inverse_std,
     out,
     batch,
     count,
@@ -218,7 +240,7 @@ def _images_kernel(
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,
     PAINT: tl.constexpr,
-    NORMALISE: tl.constexpr,
+    FACTOR: tl.constexpr,
     IMAGES_LAST: tl.constexpr,
     GRAD_LAST: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -226,27 +248,30 @@ def _images_kernel(
     sample, block = _block(AREA, GROUPS)
     image = sample.to(tl.int64) * 3 * AREA
     group = block * GROUPS + tl.arange(0, GROUPS)
-    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST, False)
-    of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST, False)
-    share = tl.full((GROUPS, 8), 1.0, tl.float32)
-    if PAINT:
+    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+    of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST)
+    share = 1.0
+    if PAINT and WHOLE:
+        r, g, b, share = _field(sample, group, patterns, places, weights, count, AREA, 1.0)
+        red, green, blue = share * red + r, share * green + g, share * blue + b
+    elif PAINT:
         red, green, blue, share = _paint(
-            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
         )
-    of_red = _passed(of_red, red, share, inverse_std, 0, NORMALISE)
-    of_green = _passed(of_green, green, share, inverse_std, 1, NORMALISE)
-    of_blue = _passed(of_blue, blue, share, inverse_std, 2, NORMALISE)
+    of_red = _passed(of_red, red, share, FACTOR[0])
+    of_green = _passed(of_green, green, share, FACTOR[1])
+    of_blue = _passed(of_blue, blue, share, FACTOR[2])
     _store(out + image, group, of_red, of_green, of_blue, AREA, IMAGES_LAST)
 
 
 @triton.jit
-def _window(image, at, mask, AREA: tl.constexpr, LAST: tl.constexpr, BYTES: tl.constexpr):
+def _window(image, at, mask, AREA: tl.constexpr, LAST: tl.constexpr):
     """Red, green and blue of pixels anywhere in an image."""
     step: tl.constexpr = 1 if LAST else AREA
     if LAST:
         at *= 3
-    red = _floats(image, at, mask, BYTES)
-    return red, _floats(image + step, at, mask, BYTES), _floats(image + 2 * step, at, mask, BYTES)
+    red = _floats(image, at, mask)
+    return red, _floats(image + step, at, mask), _floats(image + 2 * step, at, mask)
 
 
 @triton.jit
@@ -256,7 +281,6 @@ def _patterns_kernel(
     patterns,
     places,
     weights,
-    inverse_std,
     out,  # (shares of the batch, P, 3, h, w)
     batch,
     count,
@@ -266,10 +290,10 @@ def _patterns_kernel(
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
     WHOLE: tl.constexpr,  # patterns of the images' size
-    NORMALISE: tl.constexpr,
+    FACTOR: tl.constexpr,
     IMAGES_LAST: tl.constexpr,
     GRAD_LAST: tl.constexpr,
-    BYTES: tl.constexpr,
+    UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
     GROUPS: tl.constexpr,
 ):
     size = AREA if WHOLE else h * w
@@ -282,7 +306,7 @@ def _patterns_kernel(
     red = gain * tl.load(own, mask=mask, other=0.0)
     green = gain * tl.load(own + size, mask=mask, other=0.0)
     blue = gain * tl.load(own + 2 * size, mask=mask, other=0.0)
-    keep = tl.load(weights + which)
+    keep = UNIT * tl.load(weights + which)
     of_red = tl.zeros((GROUPS, 8), tl.float32)
     of_green = tl.zeros((GROUPS, 8), tl.float32)
     of_blue = tl.zeros((GROUPS, 8), tl.float32)
@@ -292,27 +316,31 @@ def _patterns_kernel(
         if tl.load(places + sample) == which:
             image = sample.to(tl.int64) * 3 * AREA
             if WHOLE:
-                r, g, b = _load(images + image, group, AREA, IMAGES_LAST, BYTES)
-                dr, dg, db = _load(grad + image, group, AREA, GRAD_LAST, False)
+                r, g, b = _load(images + image, group, AREA, IMAGES_LAST)
+                dr, dg, db = _load(grad + image, group, AREA, GRAD_LAST)
             else:
                 top = tl.load(places + batch + sample).to(tl.int32)
                 left = tl.load(places + 2 * batch + sample).to(tl.int32)
                 at = (top + pixel // w) * WIDTH + left + pixel % w
-                r, g, b = _window(images + image, at, mask, AREA, IMAGES_LAST, BYTES)
-                dr, dg, db = _window(grad + image, at, mask, AREA, GRAD_LAST, False)
-            of_red += _passed(dr, keep * r + red, gain, inverse_std, 0, NORMALISE)
-            of_green += _passed(dg, keep * g + green, gain, inverse_std, 1, NORMALISE)
-            of_blue += _passed(db, keep * b + blue, gain, inverse_std, 2, NORMALISE)
+                r, g, b = _window(images + image, at, mask, AREA, IMAGES_LAST)
+                dr, dg, db = _window(grad + image, at, mask, AREA, GRAD_LAST)
+            of_red += _passed(dr, keep * r + red, gain, FACTOR[0])
+            of_green += _passed(dg, keep * g + green, gain, FACTOR[1])
+            of_blue += _passed(db, keep * b + blue, gain, FACTOR[2])
     own = out + (tl.program_id(1) * count + which).to(tl.int64) * 3 * size + pixel
     tl.store(own, of_red, mask=mask)
     tl.store(own + size, of_green, mask=mask)
     tl.store(own + 2 * size, of_blue, mask=mask)
 
 
-@functools.lru_cache
-def _constants(values: tuple[float, ...], device: torch.device, inverse: bool) -> torch.Tensor:
-    tensor = torch.tensor(values or (1.0,), dtype=torch.float32, device=device)
-    return 1 / tensor if inverse else tensor
+def _unit(images: torch.Tensor) -> float:
+    """What a stored 1 stands for."""
+    return 1 / 255 if images.dtype == torch.uint8 else 1.0
+
+
+def _factors(std: list[float]) -> tuple[float, ...]:
+    """What each channel is multiplied with, a constant of the compiled kernel."""
+    return tuple(1 / value for value in std) or (1.0, 1.0, 1.0)
 
 
 def _laid_out(images: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -346,25 +374,26 @@ def forward(
     batch, _, height, width = images.shape
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
+    whole = patterns.shape[2:] == images.shape[2:]
+    turns = triton.cdiv(batch, 2) if whole and len(patterns) else batch
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * turns,)](
         source,
         patterns.contiguous(),
         places,
         weights,
-        _constants(tuple(mean), images.device, False),
-        _constants(tuple(std), images.device, True),
         out,
         batch,
         len(patterns),
         *patterns.shape[2:],
         AREA=height * width,
         WIDTH=width,
-        WHOLE=patterns.shape[2:] == images.shape[2:],
+        WHOLE=whole,
         PAINT=len(patterns) > 0,
-        NORMALISE=bool(mean),
+        MEAN=tuple(mean) or (0.0, 0.0, 0.0),
+        FACTOR=_factors(std),
         IMAGES_LAST=last,
         OUT_LAST=channels_last,
-        BYTES=images.dtype == torch.uint8,
+        UNIT=_unit(images),
         GROUPS=GROUPS,
         num_warps=NUM_WARPS,
     )
@@ -385,9 +414,9 @@ def backward(
     (source, last), (grad, grad_last) = _laid_out(images), _laid_out(grad)
     (batch, _, height, width), (count, _, h, w) = images.shape, patterns.shape
     patterns = patterns.contiguous()
-    inputs = (grad, source, patterns, places, weights, _constants(tuple(std), images.device, True))
+    inputs = (grad, source, patterns, places, weights)
     sizes = (batch, count, h, w)
-    fixed = {"AREA": height * width, "WIDTH": width, "NORMALISE": bool(std), "GROUPS": GROUPS}
+    fixed = {"AREA": height * width, "WIDTH": width, "FACTOR": _factors(std), "GROUPS": GROUPS}
     fixed |= {"WHOLE": (h, w) == (height, width)}
     fixed |= {"IMAGES_LAST": last, "GRAD_LAST": grad_last, "num_warps": NUM_WARPS}
     of_images, of_patterns = patterns.new_empty(0), patterns.new_empty(0)
@@ -399,7 +428,6 @@ def backward(
         blocks = triton.cdiv(h * w, 8 * GROUPS)
         each = max(1, triton.cdiv(batch, triton.cdiv(PROGRAMS, blocks * count)))  # a batch may be empty
         parts = patterns.new_empty((triton.cdiv(batch, each), *patterns.shape))
-        bytes_in = images.dtype == torch.uint8
-        _patterns_kernel[(blocks * count, len(parts))](*inputs, parts, *sizes, each, BYTES=bytes_in, **fixed)
+        _patterns_kernel[(blocks * count, len(parts))](*inputs, parts, *sizes, each, UNIT=_unit(images), **fixed)
         of_patterns = parts.sum(0)
     return of_images, of_patterns
