@@ -117,7 +117,7 @@ def main() -> None:
         timed("forward + backward", calls)
         if ON.type == "cuda":
             report.add(case, "peak memory", "MiB", {n: peak_bytes(call) / 2**20 for n, call in calls.items()})
-    report.write()
+        report.write()
 
 
 if __name__ == "__main__":

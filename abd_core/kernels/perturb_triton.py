@@ -99,19 +99,22 @@ def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexp
 
 
 @triton.jit
-def _field(sample, group, patterns, places, weights, count, AREA: tl.constexpr, UNIT: tl.constexpr):
-    """An image's pattern of its own size, (G, 8) a channel, and the share that the image keeps."""
-    choice = tl.load(places + sample)
-    which = tl.zeros_like(choice)
-    if count > 1:  # with one pattern, no load waits for another
-        which = tl.maximum(choice, 0)
-    share = tl.where(choice >= 0, tl.load(weights + which), 1.0) * UNIT
-    gain = tl.where(choice >= 0, tl.load(weights + count + which), 0.0)
-    at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
-    own = patterns + which * 3 * AREA + at
-    red = gain * tl.load(own, mask=at < AREA, other=0.0)
-    green = gain * tl.load(own + AREA, mask=at < AREA, other=0.0)
-    blue = gain * tl.load(own + 2 * AREA, mask=at < AREA, other=0.0)
+def _field(choice, group, patterns, weights, batch, count, AREA: tl.constexpr, UNIT: tl.constexpr):
+    """A pattern of the images' size, (G, 8) a channel, and the share that an image keeps; with no choice, 0 and all."""
+    red = tl.zeros((group.shape[0], 8), tl.float32)
+    green = tl.zeros((group.shape[0], 8), tl.float32)
+    blue = tl.zeros((group.shape[0], 8), tl.float32)
+    share = tl.full((), UNIT, tl.float32)
+    if choice >= 0:
+        which = choice
+        share = tl.load(weights + which) * UNIT
+        gain = tl.load(weights + count + which)
+        at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+        own = patterns + which * 3 * AREA + at
+        red = tl.load(own, mask=at < AREA, other=0.0)
+        green = tl.load(own + AREA, mask=at < AREA, other=0.0)
+        blue = tl.load(own + 2 * AREA, mask=at < AREA, other=0.0)
+        red, green, blue = gain * red, gain * green, gain * blue
     return red, green, blue, share
 
 
@@ -199,12 +202,14 @@ def _forward_kernel(
         # Two images a program, of which a last odd one is both: a pattern in float32 has four times the bytes of each.
         sample, second = 2 * turn, tl.minimum(2 * turn + 1, batch - 1)
         image, other = sample.to(tl.int64) * 3 * AREA, second.to(tl.int64) * 3 * AREA
+        choice, other_choice = tl.load(places + sample), tl.load(places + second)
         red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
         red2, green2, blue2 = _load(images + other, group, AREA, IMAGES_LAST)
-        r, g, b, share = _field(sample, group, patterns, places, weights, count, AREA, UNIT)
-        r2, g2, b2, share2 = _field(second, group, patterns, places, weights, count, AREA, UNIT)
+        r, g, b, share = _field(choice, group, patterns, weights, batch, count, AREA, UNIT)
         red, green, blue = share * red + r, share * green + g, share * blue + b
-        red2, green2, blue2 = share2 * red2 + r2, share2 * green2 + g2, share2 * blue2 + b2
+        if other_choice != choice:
+            r, g, b, share = _field(other_choice, group, patterns, weights, batch, count, AREA, UNIT)
+        red2, green2, blue2 = share * red2 + r, share * green2 + g, share * blue2 + b
         _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
         _finish(out + other, group, red2, green2, blue2, MEAN, FACTOR, AREA, OUT_LAST)
     else:
@@ -252,7 +257,8 @@ def _images_kernel(
     of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST)
     share = 1.0
     if PAINT and WHOLE:
-        r, g, b, share = _field(sample, group, patterns, places, weights, count, AREA, 1.0)
+        choice = tl.load(places + sample)
+        r, g, b, share = _field(choice, group, patterns, weights, batch, count, AREA, 1.0)
         red, green, blue = share * red + r, share * green + g, share * blue + b
     elif PAINT:
         red, green, blue, share = _paint(
