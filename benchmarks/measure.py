@@ -106,6 +106,11 @@ def _installed(package: str) -> str:
         return ""
 
 
+def _named(row: Mapping[str, object]) -> tuple[object, ...]:
+    """What a row is the only one of."""
+    return tuple(row[key] for key in ("benchmark", "device", "case", "variant", "metric"))
+
+
 class Report:
     """Figures of one benchmark on this device; `write` puts each in the place of an earlier one of the same case.
 
@@ -121,7 +126,7 @@ class Report:
             "versions": ", ".join([versions(made), *map(_installed, filter(_installed, packages))]),
             "git_sha": made["git_sha"],
         }
-        self.rows: list[dict[str, object]] = []
+        self.rows: dict[tuple[object, ...], dict[str, object]] = {}
 
     def add(self, case: str, metric: str, unit: str, values: Mapping[str, float], *, n: int = 1) -> None:
         """One figure of each variant; smaller is better. `n`: repeats behind it."""
@@ -132,20 +137,18 @@ class Report:
     def note(
         self, case: str, variant: str, metric: str, unit: str, value: float, *, ratio: float | None = None, n: int = 1
     ) -> None:
-        """One figure that is not compared."""
+        """One figure that is not compared, in the place of an earlier one."""
         figures = {"value": f"{value:.4g}", "ratio": "" if ratio is None else f"{ratio:.3g}", "n": n}
-        self.rows.append({**self.origin, "case": case, "variant": variant, "metric": metric, "unit": unit, **figures})
+        row = {**self.origin, "case": case, "variant": variant, "metric": metric, "unit": unit, **figures}
+        self.rows[_named(row)] = row
         print(f"{case:34} {variant:28} {metric:22} {value:10.4g} {unit:9} {figures['ratio']:>6}", flush=True)
 
     def write(self) -> None:
-        def named(row: Mapping[str, object]) -> tuple[object, ...]:
-            return tuple(row[key] for key in ("benchmark", "device", "case", "variant", "metric"))
-
-        kept, mine = [], {named(row) for row in self.rows}
+        kept = []
         if TABLE.exists():
             with TABLE.open(newline="", encoding="utf-8") as f:
-                kept = [row for row in csv.DictReader(f) if named(row) not in mine]
+                kept = [row for row in csv.DictReader(f) if _named(row) not in self.rows]
         with atomic(TABLE) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            writer.writerows([*kept, *self.rows])
+            writer.writerows([*kept, *self.rows.values()])

@@ -314,44 +314,42 @@ def measured(
     until: float,
     turns: int = TURNS,
 ) -> dict[str, float]:
-    """Median seconds a step of each run, which take turns; each is printed as it comes.
+    """Median seconds a step of each run, which take turns; written after each, so that what ends it takes one run.
 
     "first run" are the seconds of all of a run's steps and of what comes before them, such as compiling; "later run"
     are those where something may have been kept.
     """
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    whole: dict[str, list[float]] = {name: [] for name in runs}
-    peaks: dict[str, float] = {}
+    taken: dict[str, list[float]] = {}
+    whole: dict[str, list[float]] = {}
+    median: dict[str, float] = {}
     for _ in range(turns):
         for name, run in runs.items():
             if time.monotonic() > until:
                 continue
             began = time.perf_counter()
-            spent, peaks[name] = run()
-            whole[name].append(time.perf_counter() - began)
-            taken[name].append(spent)
+            spent, peak = run()
+            whole.setdefault(name, []).append(time.perf_counter() - began)
+            taken.setdefault(name, []).append(spent)
             gc.collect()
             if LARGE:
                 torch.cuda.empty_cache()
-            print(f"{name}: {1e3 * spent:.1f} ms a step, {BATCH / spent:.0f} images/s", flush=True)
-    median = {name: statistics.median(times) for name, times in taken.items() if times}
-    for name, spent in median.items():
-        ratio, n = next(iter(median.values())) / spent, STEPS * len(taken[name])
-        report.note(case, name, "step", "ms", 1e3 * spent, ratio=ratio, n=n)
-        report.note(case, name, "speed", "images/s", BATCH / spent, n=n)
-        report.note(case, name, "first run", "s", whole[name][0])
-        if later := whole[name][1:]:
-            report.note(case, name, "later run", "s", statistics.median(later), n=len(later))
-        if peaks[name]:
-            report.note(case, name, "peak memory reserved", "MiB", peaks[name] / 2**20)
-    report.write()
+            median[name] = spent = statistics.median(taken[name])
+            ratio, n = next(iter(median.values())) / spent, STEPS * len(taken[name])
+            report.note(case, name, "step", "ms", 1e3 * spent, ratio=ratio, n=n)
+            report.note(case, name, "speed", "images/s", BATCH / spent, n=n)
+            report.note(case, name, "first run", "s", whole[name][0])
+            if later := whole[name][1:]:
+                report.note(case, name, "later run", "s", statistics.median(later), n=len(later))
+            if peak:
+                report.note(case, name, "peak memory reserved", "MiB", peak / 2**20)
+            report.write()
     return median
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Times training steps on this machine into benchmarks/results.csv.")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further turn after so many")
-    parser.add_argument("--compiled", action="store_true", help="also with a compiled image encoder: a minute more")
+    parser.add_argument("--compiled", action="store_true", help="also with a compiled image encoder: minutes more")
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     if given.compiled:

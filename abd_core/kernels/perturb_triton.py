@@ -99,26 +99,6 @@ def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexp
 
 
 @triton.jit
-def _field(choice, group, patterns, weights, batch, count, AREA: tl.constexpr, UNIT: tl.constexpr):
-    """A pattern of the images' size, (G, 8) a channel, and the share that an image keeps; with no choice, 0 and all."""
-    red = tl.zeros((group.shape[0], 8), tl.float32)
-    green = tl.zeros((group.shape[0], 8), tl.float32)
-    blue = tl.zeros((group.shape[0], 8), tl.float32)
-    share = tl.full((), UNIT, tl.float32)
-    if choice >= 0:
-        which = choice
-        share = tl.load(weights + which) * UNIT
-        gain = tl.load(weights + count + which)
-        at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
-        own = patterns + which * 3 * AREA + at
-        red = tl.load(own, mask=at < AREA, other=0.0)
-        green = tl.load(own + AREA, mask=at < AREA, other=0.0)
-        blue = tl.load(own + 2 * AREA, mask=at < AREA, other=0.0)
-        red, green, blue = gain * red, gain * green, gain * blue
-    return red, green, blue, share
-
-
-@triton.jit
 def _paint(
     red,
     green,
@@ -134,9 +114,10 @@ def _paint(
     w,
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
+    WHOLE: tl.constexpr,  # patterns of the images' size
     GROUPS: tl.constexpr,
 ):
-    """A block of an image with its pattern's window over it, and the share that the image has in each pixel, (G, 8)."""
+    """A block of an image with its pattern over it, and the share that the image has in each pixel, (G, 8)."""
     choice = tl.load(places + sample).to(tl.int32)
     top = tl.load(places + batch + sample).to(tl.int32)
     left = tl.load(places + 2 * batch + sample).to(tl.int32)
@@ -145,15 +126,19 @@ def _paint(
     end = begin + GROUPS * 8 - 1
     if (choice >= 0) & (end // WIDTH >= top) & (begin // WIDTH < top + h):  # few blocks meet a window
         at = begin + 8 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 8)[None, :]
-        y = at // WIDTH - top
-        x = at % WIDTH - left
-        inside = (at < AREA) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+        inside = at < AREA
+        size = AREA if WHOLE else h * w
+        if not WHOLE:
+            y = at // WIDTH - top
+            x = at % WIDTH - left
+            inside = inside & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+            at = y * w + x
         share = tl.where(inside, tl.load(weights + choice), 1.0)
         gain = tl.load(weights + count + choice)
-        own = patterns + choice.to(tl.int64) * 3 * h * w + y * w + x
+        own = patterns + choice.to(tl.int64) * 3 * size + at
         red = share * red + gain * tl.load(own, mask=inside, other=0.0)
-        green = share * green + gain * tl.load(own + h * w, mask=inside, other=0.0)
-        blue = share * blue + gain * tl.load(own + 2 * h * w, mask=inside, other=0.0)
+        green = share * green + gain * tl.load(own + size, mask=inside, other=0.0)
+        blue = share * blue + gain * tl.load(own + 2 * size, mask=inside, other=0.0)
     return red, green, blue, share
 
 
@@ -161,17 +146,6 @@ def _paint(
 def _normalised(value, MEAN: tl.constexpr, FACTOR: tl.constexpr):
     """Clamped and normalised."""
     return tl.minimum(tl.maximum(value, 0.0), 1.0) * FACTOR - MEAN * FACTOR
-
-
-@triton.jit
-def _finish(
-    image, group, red, green, blue, MEAN: tl.constexpr, FACTOR: tl.constexpr, AREA: tl.constexpr, LAST: tl.constexpr
-):
-    """Clamped, normalised and written."""
-    red = _normalised(red, MEAN[0], FACTOR[0])
-    green = _normalised(green, MEAN[1], FACTOR[1])
-    blue = _normalised(blue, MEAN[2], FACTOR[2])
-    _store(image, group, red, green, blue, AREA, LAST)
 
 
 @triton.jit
@@ -196,31 +170,19 @@ def _forward_kernel(
     UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
     GROUPS: tl.constexpr,
 ):
-    turn, block = _block(AREA, GROUPS)
+    sample, block = _block(AREA, GROUPS)
+    image = sample.to(tl.int64) * 3 * AREA
     group = block * GROUPS + tl.arange(0, GROUPS)
-    if PAINT and WHOLE:
-        # Two images a program, of which a last odd one is both: a pattern in float32 has four times the bytes of each.
-        sample, second = 2 * turn, tl.minimum(2 * turn + 1, batch - 1)
-        image, other = sample.to(tl.int64) * 3 * AREA, second.to(tl.int64) * 3 * AREA
-        choice, other_choice = tl.load(places + sample), tl.load(places + second)
-        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
-        red2, green2, blue2 = _load(images + other, group, AREA, IMAGES_LAST)
-        r, g, b, share = _field(choice, group, patterns, weights, batch, count, AREA, UNIT)
-        red, green, blue = share * red + r, share * green + g, share * blue + b
-        if other_choice != choice:
-            r, g, b, share = _field(other_choice, group, patterns, weights, batch, count, AREA, UNIT)
-        red2, green2, blue2 = share * red2 + r, share * green2 + g, share * blue2 + b
-        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
-        _finish(out + other, group, red2, green2, blue2, MEAN, FACTOR, AREA, OUT_LAST)
-    else:
-        image = turn.to(tl.int64) * 3 * AREA
-        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
-        red, green, blue = UNIT * red, UNIT * green, UNIT * blue
-        if PAINT:
-            red, green, blue, _ = _paint(
-                red, green, blue, turn, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
-            )
-        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
+    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+    red, green, blue = UNIT * red, UNIT * green, UNIT * blue
+    if PAINT:
+        red, green, blue, _ = _paint(
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+        )
+    red = _normalised(red, MEAN[0], FACTOR[0])
+    green = _normalised(green, MEAN[1], FACTOR[1])
+    blue = _normalised(blue, MEAN[2], FACTOR[2])
+    _store(out + image, group, red, green, blue, AREA, OUT_LAST)
 
 
 @triton.jit
@@ -255,14 +217,10 @@ def _images_kernel(
     group = block * GROUPS + tl.arange(0, GROUPS)
     red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
     of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST)
-    share = 1.0
-    if PAINT and WHOLE:
-        choice = tl.load(places + sample)
-        r, g, b, share = _field(choice, group, patterns, weights, batch, count, AREA, 1.0)
-        red, green, blue = share * red + r, share * green + g, share * blue + b
-    elif PAINT:
+    share = tl.full((GROUPS, 8), 1.0, tl.float32)
+    if PAINT:
         red, green, blue, share = _paint(
-            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
         )
     of_red = _passed(of_red, red, share, FACTOR[0])
     of_green = _passed(of_green, green, share, FACTOR[1])
@@ -380,9 +338,7 @@ def forward(
     batch, _, height, width = images.shape
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
-    whole = patterns.shape[2:] == images.shape[2:]
-    turns = triton.cdiv(batch, 2) if whole and len(patterns) else batch
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * turns,)](
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
         source,
         patterns.contiguous(),
         places,
@@ -393,7 +349,7 @@ def forward(
         *patterns.shape[2:],
         AREA=height * width,
         WIDTH=width,
-        WHOLE=whole,
+        WHOLE=patterns.shape[2:] == images.shape[2:],
         PAINT=len(patterns) > 0,
         MEAN=tuple(mean) or (0.0, 0.0, 0.0),
         FACTOR=_factors(std),
