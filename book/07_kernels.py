@@ -204,10 +204,10 @@ for device, part in measured.groupby("device", sort=False):
         print(f"{device}: {benchmark}: {missing}" if missing else f"{device}: {benchmark}: complete")
 
 # %% [markdown]
-# Rows of an adversary's step whose case names no width are of an earlier benchmark: of the generator's step alone, with two of its losses. Of the steps on
-# a GPU, "peak memory" is what torch had allocated, without what CUDA graphs keep; "peak memory reserved", which is measured now, has it.
-# The H200's figures of perturbing are of an earlier benchmark, which timed the copy by the clock, the call included: that makes the ceiling too low and
-# their shares of it too high. Its rows of *abd_core torch* are of earlier code.
+# Of the steps on a GPU, "peak memory" is what torch had allocated, without what CUDA graphs keep; "peak memory reserved", which is measured now, has it.
+# The H200's figures of perturbing (run `2b77b37`) are of kernels in which two images shared a program where a pattern covers them. For an addition that
+# was slower than the kernel before it, with one image a program, which therefore stands in the code again: of today's *additive, forward* there is no
+# figure. Its rows of InfoNCE by *abd_core torch* are of earlier code.
 #
 # ### By the clock
 
@@ -288,6 +288,11 @@ for kind, what, asked in (("patch", "forward", 85), ("additive", "forward", 85),
 for metric, whose in (("forward, device", "the GPU's own time"), ("forward", "by the clock")):
     chosen = triton[triton["benchmark"].eq("perturb") & triton["metric"].eq(metric)]
     bars += [(f"perturb, forward, {whose}: times as fast as torch, at least", 4, chosen, "ratio")]
+trained = rows[rows["variant"].eq("abd") & rows["case"].str.startswith("RN50") & rows["metric"].eq("step")]
+bars += [("ABD's training step: times as fast as the plain loop, at least", 3, trained, "ratio")]
+plainly = rows[rows["variant"].eq("ft") & rows["metric"].eq("step")][["device", "case", "value"]]
+beside = trained.merge(plainly, on=["device", "case"], suffixes=("", " of ft"))
+bars += [("and as FT's, which perturbs nothing", 0.9, beside.assign(ratio=beside["value of ft"] / beside["value"]), "ratio")]
 reached = {}
 for what, asked, chosen, column in bars:
     for device, value in chosen.groupby("device")[column].min().dropna().items():
@@ -347,8 +352,7 @@ whole.reindex(steps["variant"].unique()).dropna(how="all").map(lambda share: "" 
 # same loop without graphs.
 #
 # **Augmenting together.** AutoAugment, which CleanCLIP asks for, draws two operations for each image. Images that draw the same one are given to it
-# together and on their own device, with the pixels that torchvision makes of one image after the other. Rows of CleanCLIP on a GPU that are older than
-# that, as the `git_sha` in the table tells, sent all images to the CPU and back, one by one.
+# together and on their own device, with the pixels that torchvision makes of one image after the other.
 #
 # **By part.** Where the time of a step goes, in % of it, by torch's profiler and without graphs; "other" is Python, the loss, EDA, and what a GPU waits:
 

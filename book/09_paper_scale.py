@@ -219,8 +219,8 @@ preflight(
 #
 # - All steps were timed at the batch of the column `case`. The paper's attack has that one, its defence 64, its adversary
 #   16; at a smaller batch a GPU does fewer images a second.
-# - *from tars* reads and decodes its images, the others have them there already. It was run once, and those are medians
-#   of three: where it comes out faster, that is noise.
+# - *from tars* reads and decodes its images, the others have them there already. Each was run once: where it comes out
+#   faster, that is noise.
 # - *cores* is the rate divided by what one core reads in a second: the loader's images a second of CPU time, of the next
 #   section. They were measured on another machine, with larger images than the command above stores: a first guess.
 # - *GiB* is of the variant in the last column: where training records its steps as CUDA graphs, the benchmark could not
@@ -229,10 +229,8 @@ preflight(
 #   reports about 8 A100-hours for an attack and 14 for the defence; *paper / this* is how many times as long that is. What
 #   lies between the plain loop and the paper is another GPU, reading, evaluation, and perhaps the adversary: the paper
 #   gives the sums alone.
-# - *plain AdvCLIP* bounds nothing. It is the generator's step in AdvCLIP's arrangement, in float32 and with the patch
-#   pasted on the CPU, at a generator's width of 128, with L_adv and Eq. (2) and no discriminator, topology, quality or
-#   GAN loss. The profile's adversary has all of these, at a width of 1024 and on the GPU. Its hours have not been
-#   measured; its preflight projects them.
+# - The adversary's steps are the profile's whole search: generator and discriminator at a width of 1024, all terms of the
+#   loss. *plain AdvCLIP* is the same as AdvCLIP arranges it: open_clip's towers in float32, the patch pasted on the CPU.
 
 # %%
 attacker, searcher, defender = stage_configs(dict(profile), **STAGES)
@@ -371,8 +369,7 @@ expected.loc[list(dict.fromkeys(zip(ours["table"], ours["defence"], strict=True)
 
 # %% tags=["summary"]
 for device, _, stage, variant, count, speed, hours, *_ in rows:
-    what = "the adversary's encoders alone, see above" if stage == "adversary" else stage
-    print(f"{what}: {count} pairs in {hours:.1f} hours on one {device} ({speed} images/s, timed as '{variant}')")
+    print(f"{stage}: {count} pairs in {hours:.1f} hours on one {device} ({speed} images/s, timed as '{variant}')")
 for device, part in workers.groupby("device", sort=False):
     least = part.groupby("metric")["ratio"].min()
     shares = " and ".join(f"{100 * least[metric]:.0f} % {name}" for metric, name in both.items())
@@ -391,5 +388,5 @@ for device, part in workers.groupby("device", sort=False):
 # [`abd_core.inputs`](api.md#abd_coreinputs), [`abd_core.preflight`](api.md#abd_corepreflight).
 #
 # **What was learnt.** Model, data and settings are parameters, so the paper's run is the same notebook. For the GPU above, the
-# hours of its attack and its defence are projected, with the cores that reading takes; those of its adversary are left to
-# the preflight. Whether the paper's numbers come out, only that run will say.
+# hours of its attack, its adversary and its defence are projected from measured steps, with the cores that reading takes.
+# Whether the paper's numbers come out, only that run will say.
