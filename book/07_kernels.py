@@ -292,7 +292,8 @@ trained = rows[rows["variant"].eq("abd") & rows["case"].str.startswith("RN50") &
 bars += [("ABD's training step: times as fast as the plain loop, at least", 3, trained, "ratio")]
 plainly = rows[rows["variant"].eq("ft") & rows["metric"].eq("step")][["device", "case", "value"]]
 beside = trained.merge(plainly, on=["device", "case"], suffixes=("", " of ft"))
-bars += [("and as FT's, which perturbs nothing", 0.9, beside.assign(ratio=beside["value of ft"] / beside["value"]), "ratio")]
+beside = beside.assign(ratio=beside["value of ft"] / beside["value"])
+bars += [("and as FT's, which perturbs nothing, at least", 0.9, beside, "ratio")]
 reached = {}
 for what, asked, chosen, column in bars:
     for device, value in chosen.groupby("device")[column].min().dropna().items():

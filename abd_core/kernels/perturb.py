@@ -113,7 +113,7 @@ def _table(
 def _kept(values: tuple[float, ...], count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`_table` of numbers: the same in each step, so that it is sent once."""
     with torch.inference_mode(False):  # it may be kept for a backward pass later on
-        return torch.tensor(values, dtype=dtype, device=device)[:, None].repeat(1, count)
+        return torch.tensor(values, dtype=dtype)[:, None].repeat(1, count).to(device)  # once it is there, for any stream
 
 
 def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
