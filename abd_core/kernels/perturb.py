@@ -113,7 +113,8 @@ def _table(
 def _kept(values: tuple[float, ...], count: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """`_table` of numbers: the same in each step, so that it is sent once."""
     with torch.inference_mode(False):  # it may be kept for a backward pass later on
-        return torch.tensor(values, dtype=dtype)[:, None].repeat(1, count).to(device)  # once it is there, for any stream
+        # Sent from the CPU, which waits for it: it may be for another stream than this one.
+        return torch.tensor(values, dtype=dtype)[:, None].repeat(1, count).to(device)
 
 
 def paste(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
