@@ -368,8 +368,12 @@ expected.loc[list(dict.fromkeys(zip(ours["table"], ours["defence"], strict=True)
 # ## Summary
 
 # %% tags=["summary"]
-for device, _, stage, variant, count, speed, hours, *_ in rows:
-    print(f"{stage}: {count} pairs in {hours:.1f} hours on one {device} ({speed} images/s, timed as '{variant}')")
+asked = {"poison": attacker.batch_size, "adversary": searcher.batch_size, "defend": defender.batch_size}
+for device, case, stage, variant, count, speed, hours, *_ in rows:
+    batch = int(case.split("batch ")[1].split(",")[0])
+    other = "" if batch == asked[stage] else f"; the paper's is {asked[stage]}"
+    timed = f"{speed} images/s, timed as '{variant}' at batch {batch}{other}"
+    print(f"{stage}: {count} pairs in {hours:.1f} hours on one {device} ({timed})")
 for device, part in workers.groupby("device", sort=False):
     least = part.groupby("metric")["ratio"].min()
     shares = " and ".join(f"{100 * least[metric]:.0f} % {name}" for metric, name in both.items())
