@@ -257,7 +257,11 @@ def means(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def differences(
-    results: pd.DataFrame, pairs: Iterable[tuple[str, str]], metrics: Iterable[str] = ("ca_top1", "asr")
+    results: pd.DataFrame,
+    pairs: Iterable[tuple[str, str]],
+    metrics: Iterable[str] = ("ca_top1", "asr"),
+    *,
+    again: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """One defence minus another, paired by seed: both met victims of the same draws, so that their luck falls out.
 
@@ -267,6 +271,8 @@ def differences(
     Args:
         results: rows of one split, as `read_results` gives them.
         pairs: (defence, against) each.
+        again: rows of the same jobs from another machine. Where two runs of `results` are of two machines, and one of
+            them was made on the other's as well, that one stands in.
 
     Returns:
         a row a pair, attack and metric that both have been measured on; columns `defence`, `against`, `attack`,
@@ -280,6 +286,9 @@ def differences(
         ValueError: a seed is there twice.
     """
     _refuse_repeated_seeds(results)
+    if again is not None:
+        _refuse_repeated_seeds(again)
+        results = pd.concat([results, again[again["run_id"].isin(results["run_id"])]])
     wanted = results[results["metric"].isin(list(metrics))]
     ours = pd.DataFrame(list(pairs), columns=["defence", "against"], dtype=str).merge(wanted, on="defence")
     theirs = wanted.rename(columns={"defence": "against"})
@@ -287,6 +296,8 @@ def differences(
     both["difference"] = both["value"] - both["value_against"]
     both["paper"] = both["paper_value"] - both["paper_value_against"]
     both["two_machines"] = both["device"] != both["device_against"]
+    cell = ["defence", "against", "attack", "metric", "seed"]
+    both = both.sort_values("two_machines", kind="stable").drop_duplicates(cell).sort_index()
     table = both.groupby(["defence", "against", "attack", "metric"], sort=False, as_index=False).agg(
         difference=("difference", "mean"),
         sd=("difference", "std"),

@@ -26,12 +26,15 @@ split: str = "eval"  # test split: eval for results, dev for the choice of setti
 
 # %% tags=["nbval-check-output"]
 from abd_core.notebook import show_configs, stage_configs
+from abd_core.paths import data_dir
 from abd_core.results import ResultsConfig, read_results
 
 (config,) = stage_configs(globals(), results=ResultsConfig)
 show_configs(config)
 everything = read_results(config.path)
 grid = everything[everything["split"] == config.split]
+again = read_results(data_dir() / "results" / "replication.csv")  # some of its jobs, on another machine
+again = again[again["split"] == config.split]
 search = everything[everything["split"] == "dev"]
 search = search.drop_duplicates(["attack", "seed", "metric", "run_id"])  # the same settings under two labels
 
@@ -42,7 +45,6 @@ from abd_core import escape, fig2, plots
 from abd_core.adversary import AdversaryConfig
 from abd_core.defend import DefendConfig
 from abd_core.grid import GRIDS, Cell
-from abd_core.paths import data_dir
 from abd_core.results import CONTROLS, MOST_CA_LOST, VICTIM, claims, differences, findings, means
 
 plots.style()
@@ -178,7 +180,7 @@ pd.DataFrame({"strength": strength})
 beside(grid, list(CONTROLS))
 
 # %% mystnb={"figure": {"caption": "ABD minus its controls; the paper has none."}, "image": {"alt": "Differences between ABD and each control, with intervals"}}
-controls = differences(grid, [(OURS, name) for name in CONTROLS])
+controls = differences(grid, [(OURS, name) for name in CONTROLS], again=again)
 plots.forest(controls, title="ABD minus its controls, 95 % intervals over seeds");
 
 # %%
@@ -209,8 +211,8 @@ plots.bullets(
 # place, the top left) and the patch's place goes down (plain *ABD* and *noise patch*: drawn for each image). If the low values sit on
 # matching places for plain noise as well, then covering explains the effect and the adversary does not. No real defender knows the place.
 #
-# Some of these rows are of another machine than the others. Where a row's partner has been run on that machine too
-# (`data/results/replication.csv`), the differences below take it from there, so that both sides met the same victim.
+# Some of these rows are of another machine than the others. Where a row's partner has been run on that machine too, the differences below take
+# it from there, so that both sides met the same victim.
 
 # %% mystnb={"figure": {"caption": "Where the trigger is and where the patch goes; the paper has no such comparison."}, "image": {"alt": "Heat map of attack success by place of the trigger and place of the patch"}}
 places = variants(grid, r"patch (?:top|bottom|centre)")
@@ -221,13 +223,9 @@ plots.matrix(grid, [VICTIM, OURS, *places, "noise patch", *noise_places], at, ti
 
 # %%
 placed = grid[grid["attack"].isin(at)]
-again = read_results(data_dir() / "results" / "replication.csv")
-again = again[again["split"].eq(config.split) & again["run_id"].isin(placed["run_id"])]  # the same jobs elsewhere
-homes = placed[placed["defence"].isin([*places, *noise_places])][["attack", "seed", "device"]].drop_duplicates()
-placed = pd.concat([placed, again.merge(homes)]).drop_duplicates(["attack", "defence", "seed", "metric"], keep="last")
-moved = differences(placed, [(name, OURS) for name in places], ["asr"])
+moved = differences(placed, [(name, OURS) for name in places], ["asr"], again=again)
 pairs = [*zip(places, noise_places, strict=True), (OURS, "noise patch")]
-plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
+plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"], again=again)])))
 
 # %% [markdown]
 # ## Why: what these rows say together
@@ -239,7 +237,7 @@ plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"])])))
 # %%
 with_it = differences(grid, [("I_adv + T", "UAP + T"), (OURS, f"{OURS}, without Eq. (2)")], ["asr"])
 UNTRAINED = f"{OURS}, untrained patch"
-learnt = differences(grid, [(UNTRAINED, OURS)], ["asr"])
+learnt = differences(grid, [(UNTRAINED, OURS)], ["asr"], again=again)
 untrained = read[read["defence"].eq(UNTRAINED) & read["metric"].eq("asr")]
 without = read[read["defence"].eq(f"{OURS}, without Eq. (2)") & read["metric"].eq("asr")]
 plots.bullets(

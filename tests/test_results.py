@@ -342,6 +342,23 @@ def test_pairs_of_runs_from_two_machines_are_counted_and_told(grid: pd.DataFrame
     assert all(("(seeds: 3, 2 of them on two machines)" in line) == ("of FT:" in line) for line in told)
 
 
+def test_a_run_on_the_other_s_machine_stands_in_for_one_of_another_machine(grid: pd.DataFrame):
+    moved = grid["defence"].eq("FT") & grid["seed"].gt(0) & grid["attack"].eq("WaNet")
+    split = grid.assign(device=grid["device"].mask(moved, "another"))
+    ours = split["defence"].eq("ABD") & split["seed"].eq(2)
+    again = split[ours].assign(device="another", value=split["value"] + 0.25)
+    table = differences(split, [("ABD", "FT")], ["asr"], again=again).set_index("attack")
+    plain = differences(grid, [("ABD", "FT")], ["asr"]).set_index("attack")
+    others = [attack for attack in ATTACKS if attack != "WaNet"]  # on one machine as they are
+    pd.testing.assert_frame_equal(table.loc[others], plain.loc[others])
+    assert (plain.loc["WaNet", "seeds"], table.loc["WaNet", "two_machines"]) == (3, 1)
+    assert table.loc["WaNet", "difference"] == pytest.approx(plain.loc["WaNet", "difference"] + 0.25 / 3)
+    other_jobs = again.assign(run_id="of other settings")
+    assert differences(split, [("ABD", "FT")], ["asr"], again=other_jobs).equals(
+        differences(split, [("ABD", "FT")], ["asr"])
+    )
+
+
 def test_the_aims_are_checked_by_means_of_the_seeds_that_both_sides_have(grid: pd.DataFrame):
     rows = grid[(grid["defence"] != "CleanCLIP") | (grid["attack"] != "WaNet")]
     result = aims(rows, ["ABD", "FT"])
