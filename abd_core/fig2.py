@@ -26,7 +26,7 @@ from abd_core.config import AbdError, Config, ConfigError, option
 from abd_core.data import class_index, rng
 from abd_core.defences import ABDD, DEFENCES, DefendConfig, NoisePatch, noise_patch
 from abd_core.disagreement import Disagreement
-from abd_core.evaluate import image_features, prompt_features, zero_shot_weights
+from abd_core.evaluate import image_features, prompt_features, rate, zero_shot_weights
 from abd_core.generator import Perturbation
 from abd_core.grid import ATTACKS, GRIDS, Cell, command, pooled
 from abd_core.notebook import add_parameters, given_parameters
@@ -38,6 +38,7 @@ from abd_core.triggers import load_trigger
 
 BASE, SUSPECT, DEFENDED = "clean base", "victim", "defended"
 MOVED = "moved to the target, %"
+OWN = "the target's own images recognised, %"
 KEY = ("attack", "perturbation", "seed", "split", "model", "measure")
 _LABEL, _NUMBER = results.COLUMNS["attack"], (results.number(-math.inf), "a number")
 COLUMNS: results.Columns = {
@@ -122,7 +123,8 @@ def measures(
     """The analysis of `similarity` on one model, a row a number: `measure`, `value`, `ci_low`, `ci_high`, `n`.
 
     The pairings of Fig. 2 come under their names, 100 x cosine; then `similarity.shifts`; then
-    `similarity.drift_measures`, as "adversarial: ..." and "backdoor: ...".
+    `similarity.drift_measures`, as "adversarial: ..." and "backdoor: ..."; then, where there are
+    any, the share of the target's own clean images that are given their class, an interval of a single cluster.
 
     Args:
         images: what `similarity.features` returns.
@@ -141,6 +143,11 @@ def measures(
             answers["original"], answers[kind], labels, classes=len(classifier), target=target
         )
         tables.append(drift.assign(measure=f"{kind}: " + drift["measure"]))
+    own = labels == target
+    if own.any():
+        found = rate(answers["original"][own] == target, labels[own])
+        shares = {"value": 100 * found.value, "ci_low": 100 * found.ci_low, "ci_high": 100 * found.ci_high}
+        tables.append(pd.DataFrame([{"measure": OWN, **shares, "n": found.n}]))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -19,7 +19,7 @@ from abd_core.config import AbdError, ConfigError
 from abd_core.defences import DefendConfig, NoisePatch
 from abd_core.disagreement import Disagreement
 from abd_core.evaluate import image_features, zero_shot_weights
-from abd_core.fig2 import BASE, DEFENDED, MOVED, SUSPECT, beyond_base, orders, over_seeds
+from abd_core.fig2 import BASE, DEFENDED, MOVED, OWN, SUSPECT, beyond_base, orders, over_seeds
 from abd_core.generator import Perturbation
 from abd_core.grid import GRIDS, Cell
 from abd_core.paths import RunError
@@ -79,8 +79,11 @@ def test_the_share_that_moves_to_the_target_is_that_of_answers_counted_one_by_on
         classifier = zero_shot_weights(encoder, test.class_names, test.templates)
         for kind, change in {"adversarial": perturbation, "backdoor": trigger}.items():
             answers = [(image_features(encoder, test, change=c) @ classifier.T).argmax(1) for c in (None, change)]
-            moved = [new == test.class_names.index("banana") and new != old for old, new in zip(*answers, strict=True)]
+            target = test.class_names.index("banana")
+            moved = [new == target and new != old for old, new in zip(*answers, strict=True)]
             assert rows[model, f"{kind}: {MOVED}"] == pytest.approx(100 * sum(map(int, moved)) / len(test))
+            own = [old == target for old, label in zip(answers[0], test.labels, strict=True) if label == target]
+            assert own and rows[model, OWN] == pytest.approx(100 * sum(map(int, own)) / len(own))
 
 
 def test_the_changes_are_those_that_the_defences_train_on(small: Path):
