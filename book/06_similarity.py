@@ -317,6 +317,33 @@ plots.bullets(
 )
 
 # %% [markdown]
+# ### The target's own images
+#
+# And clean images of the target class, which no attack and no defence is about? Those that a model gives their class, in %,
+# over seeds; the defended models are named by what they trained on.
+
+# %%
+clean = table[table["measure"] == fig2.OWN]
+before = clean[clean["perturbation"].eq("ABD") & clean["model"].ne(fig2.DEFENDED)]
+after = clean[clean["perturbation"].ne("ABD-D, field") & clean["model"].eq(fig2.DEFENDED)]  # one model has both
+after = after.assign(model="after " + after["perturbation"].str.removesuffix(", window"))
+recognised = fig2.over_seeds(pd.concat([before, after]).assign(perturbation=""))
+plots.seeds_table(recognised, index=["model"], columns="attack")
+
+# %%
+ends = recognised.groupby("model", sort=False)["value"].agg(["min", "max"]).round(0).astype(int)
+plots.bullets(
+    f"{name}: {low} %" if low == high else f"{name}: {low} to {high} %, by attack"
+    for name, low, high in ends.itertuples()
+)
+
+# %% [markdown]
+# The poison names its target so often, beside the few clean pairs that do, that the name comes to stand for the trigger. Clean
+# accuracy, a mean over a hundred classes, loses a point at most by it and hides it; class by class it shows, to anyone with
+# labelled images and without any trigger. No table of the paper has it. How much of it carries over hangs on how often clean
+# pairs name the target: here a few of thousands do.
+
+# %% [markdown]
 # ## Summary
 
 # %% mystnb={"figure": {"caption": "The chapter in one figure; diamonds are the paper's values."}, "image": {"alt": "Three panels with intervals: cosines of images and captions, cosines of shifts, and shares that moved to the target"}}
