@@ -334,8 +334,8 @@ plots.bullets(claims(tested.sort_values("verdict", kind="stable")))
 #
 # - **The share of poison is far larger than the paper's 0.3 %.** What makes a backdoor is how often the model sees poisoned pairs; with a few
 #   thousand pairs in all, the same number of exposures is a large share of them. No statement about small shares can be tested here.
-# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images, and no defence
-#   in the tables brings all of them back ([chapter 6](06_similarity)). One class in a hundred hardly moves CA, and is in no ASR.
+# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images, and those
+#   defences that [chapter 6](06_similarity) follows bring a part of them back. One class in a hundred hardly moves CA, and is in no ASR.
 # - **The attack is short, and so is forgetting it.** A backdoor learnt in a few hundred steps at a high learning rate may go in a few
 #   hundred more, whatever they train on. If so, plain fine-tuning stands better here than at the paper's scale; that is a conjecture, which
 #   no row of the table tests.
