@@ -124,7 +124,7 @@ def measures(
 
     The pairings of Fig. 2 come under their names, 100 x cosine; then `similarity.shifts`; then
     `similarity.drift_measures`, as "adversarial: ..." and "backdoor: ..."; then, where there are
-    any, the share of the target's own clean images that are given their class, an interval of a single cluster.
+    any, the share of the target's own clean images that are given their class (`OWN`; one cluster, so a wide interval).
 
     Args:
         images: what `similarity.features` returns.

@@ -296,6 +296,7 @@ def differences(
     both["difference"] = both["value"] - both["value_against"]
     both["paper"] = both["paper_value"] - both["paper_value_against"]
     both["two_machines"] = both["device"] != both["device_against"]
+    # Of a seed's pairs, with `again` more than one: the first of one machine, else that of `results` itself.
     cell = ["defence", "against", "attack", "metric", "seed"]
     both = both.sort_values("two_machines", kind="stable").drop_duplicates(cell).sort_index()
     table = both.groupby(["defence", "against", "attack", "metric"], sort=False, as_index=False).agg(

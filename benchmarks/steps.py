@@ -314,7 +314,7 @@ def measured(
     until: float,
     turns: int = TURNS,
 ) -> dict[str, float]:
-    """Median seconds a step of each run, which take turns; written after each, so that what ends it takes one run.
+    """Median seconds a step of each run, which take turns; the table is written after each run.
 
     "first run" are the seconds of all of a run's steps and of what comes before them, such as compiling; "later run"
     are those where something may have been kept.

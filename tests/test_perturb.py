@@ -388,8 +388,8 @@ for kernel in (kernels._forward_kernel, kernels._images_kernel, kernels._pattern
     for last in (True, False):
         fixed = {name: last for name in names if name.isupper()}
         fixed |= {"GROUPS": kernels.GROUPS, "AREA": 224 * 224, "WIDTH": 224}
-        fixed |= {name: (0.5, 0.25, 0.2) for name in ("MEAN", "FACTOR") if name in names}
-        fixed |= {name: 1 / 255 if last else 1.0 for name in ("UNIT",) if name in names}
+        constants = {"MEAN": (0.5, 0.25, 0.2), "FACTOR": (2.0, 4.0, 5.0), "UNIT": 1 / 255 if last else 1.0}
+        fixed |= {name: value for name, value in constants.items() if name in names}
         if last:
             types["images"] = "*u8" if "UNIT" in names else "*bf16"
         signature = {name: types.get(name, "constexpr") for name in names}
