@@ -2,8 +2,9 @@
 
     python benchmarks/infonce.py
 
-On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out.
-"backward" is what comes after the loss is there: `info_nce` has made its gradients by then, and only scales them.
+On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out,
+and so is, with its reason, what fails on a case. "backward" is what comes after the loss is there: `info_nce` has made
+its gradients by then, and only scales them.
 """
 
 from __future__ import annotations
@@ -77,6 +78,12 @@ def main() -> None:
                 backward(loss(*leaves))
 
             tried = {n: loss for n, loss in losses().items() if size <= LARGEST.get(n, size)}
+            for other in [n for n in tried if not n.startswith("abd_core")]:
+                try:
+                    both(tried[other])
+                except Exception as error:  # of a kernel's own kind: no such precision, too little shared memory
+                    print(f"{case}: {other} fails and is left out: {str(error).partition(chr(10))[0]}", flush=True)
+                    del tried[other]
             made = {n: lambda loss=loss, leaves=leaves: loss(*leaves) for n, loss in tried.items()}
             taken = seconds(dict.fromkeys(tried, backward), repeats=repeats, given=made)
             report.add(case, "backward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=repeats)

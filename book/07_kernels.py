@@ -104,6 +104,8 @@ for function in (info_nce, perturb):
 # $x' = (\mathrm{clamp}(a x + b \, \delta) - \mu) / \sigma$, where $(a, b)$ is $(0, 1)$ for a patch, $(1, 1)$ for an addition and
 # $(1 - \alpha, \alpha)$ for a blend, and the pattern $\delta$ and its place are each image's own. Backward, the gradient of a pattern
 # is a sum over the batch: each program takes some of the pattern's pixels and some of the batch, and the partial sums are added in their order.
+# Forward, where a pattern covers the images, a program takes two of them, one after the other, and keeps the pattern's pixels: in float32 they are four
+# times the bytes of an image, and to fetch them for each image anew makes the L2 cache the limit.
 #
 # The stages do not use all of it at once. They need perturbed images in $[0, 1]$ too, for other losses and to be shown: a perturbation is put on
 # in one call, in floats, and normalised and cast in another one, on the way into the encoder. The measurements are of both in one pass.
@@ -204,10 +206,9 @@ for device, part in measured.groupby("device", sort=False):
         print(f"{device}: {benchmark}: {missing}" if missing else f"{device}: {benchmark}: complete")
 
 # %% [markdown]
-# Of the steps on a GPU, "peak memory" is what torch had allocated, without what CUDA graphs keep; "peak memory reserved", which is measured now, has it.
-# The H200's figures of perturbing (run `2b77b37`) are of kernels in which two images shared a program where a pattern covers them. For an addition that
-# was slower than the kernel before it, with one image a program, which therefore stands in the code again: of today's *additive, forward* there is no
-# figure. Its rows of InfoNCE by *abd_core torch* are of earlier code.
+# The H200's figures of perturbing (run `2b77b37`) are of a kernel before today's: where a pattern covers the images, it takes two of them together, and
+# not one after the other. It has been slower than with one image a program; of today's *additive, forward* there is no figure. The H200's rows of InfoNCE
+# by *abd_core torch* are of earlier code.
 #
 # ### By the clock
 
@@ -382,8 +383,9 @@ for device, case, variant in figures.index:
 pd.DataFrame(pays).T
 
 # %% [markdown]
-# (Of *ft, compiled*, the first of the compiled rows; *abd, compiled* finds what that has left.) A compiler has no faster convolutions. What it saves is so
-# little that no stage compiles anything of itself. A device that is not in the table has not been measured.
+# (Of *ft, compiled*, the first of the compiled rows; *abd, compiled* finds what that has left.) A compiler has no faster convolutions. On a CPU it saves
+# little; on a GPU it stands in the place of the graphs, which save more. So no stage compiles anything of itself. A device that is not in the table has not
+# been measured.
 #
 # What the steps make of the paper's defence (250,000 pairs, 10 epochs; the paper gives 14 hours on an A100), projected from a step:
 

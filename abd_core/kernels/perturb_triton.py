@@ -17,6 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from abd_core.kernels.perturb import layout
 
 GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
+TOGETHER = 2  # images a program that patterns cover: from L2, a pattern's float32 are four times an image's bytes
 PROGRAMS = 1024  # that share a gradient of the patterns, about
 
 
@@ -99,6 +100,21 @@ def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexp
 
 
 @triton.jit
+def _field(choice, group, patterns, weights, count, AREA: tl.constexpr, UNIT: tl.constexpr):
+    """What a pattern of the images' size adds, (G, 8) a channel, and the share that an image keeps; -1: 0 and all."""
+    at = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+    mask = (at < AREA) & (choice >= 0)
+    which = tl.maximum(choice, 0)
+    gain = tl.load(weights + count + which)
+    share = UNIT * tl.where(choice >= 0, tl.load(weights + which), 1.0)
+    own = patterns + which * 3 * AREA + at
+    red = gain * tl.load(own, mask=mask, other=0.0)
+    green = gain * tl.load(own + AREA, mask=mask, other=0.0)
+    blue = gain * tl.load(own + 2 * AREA, mask=mask, other=0.0)
+    return red, green, blue, share
+
+
+@triton.jit
 def _paint(
     red,
     green,
@@ -114,10 +130,9 @@ def _paint(
     w,
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,  # patterns of the images' size
     GROUPS: tl.constexpr,
 ):
-    """A block of an image with its pattern over it, and the share that the image has in each pixel, (G, 8)."""
+    """A block of an image with its pattern in a window, and the share that the image has in each pixel, (G, 8)."""
     choice = tl.load(places + sample).to(tl.int32)
     top = tl.load(places + batch + sample).to(tl.int32)
     left = tl.load(places + 2 * batch + sample).to(tl.int32)
@@ -126,16 +141,13 @@ def _paint(
     end = begin + GROUPS * 8 - 1
     if (choice >= 0) & (end // WIDTH >= top) & (begin // WIDTH < top + h):  # few blocks meet a window
         at = begin + 8 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 8)[None, :]
-        inside = at < AREA
-        size = AREA if WHOLE else h * w
-        if not WHOLE:
-            y = at // WIDTH - top
-            x = at % WIDTH - left
-            inside = inside & (y >= 0) & (y < h) & (x >= 0) & (x < w)
-            at = y * w + x
+        y = at // WIDTH - top
+        x = at % WIDTH - left
+        inside = (at < AREA) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
         share = tl.where(inside, tl.load(weights + choice), 1.0)
         gain = tl.load(weights + count + choice)
-        own = patterns + choice.to(tl.int64) * 3 * size + at
+        size = h * w
+        own = patterns + choice.to(tl.int64) * 3 * size + (y * w + x)
         red = share * red + gain * tl.load(own, mask=inside, other=0.0)
         green = share * green + gain * tl.load(own + size, mask=inside, other=0.0)
         blue = share * blue + gain * tl.load(own + 2 * size, mask=inside, other=0.0)
@@ -146,6 +158,17 @@ def _paint(
 def _normalised(value, MEAN: tl.constexpr, FACTOR: tl.constexpr):
     """Clamped and normalised."""
     return tl.minimum(tl.maximum(value, 0.0), 1.0) * FACTOR - MEAN * FACTOR
+
+
+@triton.jit
+def _finish(
+    image, group, red, green, blue, MEAN: tl.constexpr, FACTOR: tl.constexpr, AREA: tl.constexpr, LAST: tl.constexpr
+):
+    """Clamped, normalised and written."""
+    red = _normalised(red, MEAN[0], FACTOR[0])
+    green = _normalised(green, MEAN[1], FACTOR[1])
+    blue = _normalised(blue, MEAN[2], FACTOR[2])
+    _store(image, group, red, green, blue, AREA, LAST)
 
 
 @triton.jit
@@ -161,7 +184,7 @@ def _forward_kernel(
     w,
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # patterns of the images' size
     PAINT: tl.constexpr,
     MEAN: tl.constexpr,
     FACTOR: tl.constexpr,
@@ -169,20 +192,32 @@ def _forward_kernel(
     OUT_LAST: tl.constexpr,
     UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
     GROUPS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    sample, block = _block(AREA, GROUPS)
-    image = sample.to(tl.int64) * 3 * AREA
+    turn, block = _block(AREA, GROUPS)
     group = block * GROUPS + tl.arange(0, GROUPS)
-    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
-    red, green, blue = UNIT * red, UNIT * green, UNIT * blue
-    if PAINT:
-        red, green, blue, _ = _paint(
-            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
-        )
-    red = _normalised(red, MEAN[0], FACTOR[0])
-    green = _normalised(green, MEAN[1], FACTOR[1])
-    blue = _normalised(blue, MEAN[2], FACTOR[2])
-    _store(out + image, group, red, green, blue, AREA, OUT_LAST)
+    if PAINT and WHOLE:
+        first = turn * TOGETHER
+        held = tl.load(places + first)
+        more_red, more_green, more_blue, share = _field(held, group, patterns, weights, count, AREA, UNIT)
+        for i in tl.range(0, tl.minimum(TOGETHER, batch - first)):
+            image = (first + i).to(tl.int64) * 3 * AREA
+            red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+            choice = tl.load(places + first + i)
+            if choice != held:
+                more_red, more_green, more_blue, share = _field(choice, group, patterns, weights, count, AREA, UNIT)
+                held = choice
+            red, green, blue = share * red + more_red, share * green + more_green, share * blue + more_blue
+            _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
+    else:
+        image = turn.to(tl.int64) * 3 * AREA
+        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
+        red, green, blue = UNIT * red, UNIT * green, UNIT * blue
+        if PAINT:
+            red, green, blue, _ = _paint(
+                red, green, blue, turn, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
+            )
+        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
 
 
 @triton.jit
@@ -205,7 +240,7 @@ def _images_kernel(
     w,
     AREA: tl.constexpr,
     WIDTH: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WHOLE: tl.constexpr,  # patterns of the images' size
     PAINT: tl.constexpr,
     FACTOR: tl.constexpr,
     IMAGES_LAST: tl.constexpr,
@@ -217,10 +252,14 @@ def _images_kernel(
     group = block * GROUPS + tl.arange(0, GROUPS)
     red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
     of_red, of_green, of_blue = _load(grad + image, group, AREA, GRAD_LAST)
-    share = tl.full((GROUPS, 8), 1.0, tl.float32)
-    if PAINT:
+    share = 1.0
+    if PAINT and WHOLE:
+        choice = tl.load(places + sample)
+        more_red, more_green, more_blue, share = _field(choice, group, patterns, weights, count, AREA, 1.0)
+        red, green, blue = share * red + more_red, share * green + more_green, share * blue + more_blue
+    elif PAINT:
         red, green, blue, share = _paint(
-            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, WHOLE, GROUPS
+            red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
         )
     of_red = _passed(of_red, red, share, FACTOR[0])
     of_green = _passed(of_green, green, share, FACTOR[1])
@@ -338,7 +377,9 @@ def forward(
     batch, _, height, width = images.shape
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
+    whole, paint = patterns.shape[2:] == images.shape[2:], len(patterns) > 0
+    turns = triton.cdiv(batch, TOGETHER) if whole and paint else batch
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * turns,)](
         source,
         patterns.contiguous(),
         places,
@@ -349,14 +390,15 @@ def forward(
         *patterns.shape[2:],
         AREA=height * width,
         WIDTH=width,
-        WHOLE=patterns.shape[2:] == images.shape[2:],
-        PAINT=len(patterns) > 0,
+        WHOLE=whole,
+        PAINT=paint,
         MEAN=tuple(mean) or (0.0, 0.0, 0.0),
         FACTOR=_factors(std),
         IMAGES_LAST=last,
         OUT_LAST=channels_last,
         UNIT=_unit(images),
         GROUPS=GROUPS,
+        TOGETHER=TOGETHER,
         num_warps=NUM_WARPS,
     )
     return out
