@@ -30,20 +30,23 @@ def seconds(
     *,
     repeats: int,
     given: Mapping[str, Callable[[], Any]] | None = None,
+    in_a_row: int = 1,
 ) -> dict[str, float]:
     """Median seconds a call of each variant; all take turns, so that a slow moment of the machine meets all alike.
 
     Args:
-        given: what makes the argument of a variant's call, anew for each and outside of its time.
+        given: what makes the argument of a variant's calls, anew for each turn and outside of its time.
+        in_a_row: calls a turn; on a GPU only the last one is waited for.
     """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
         for name, call in variants.items():
             arguments = [given[name]()] if given else []
             start = _now()
-            call(*arguments)
+            for _ in range(in_a_row):
+                call(*arguments)
             if turn:  # the first call compiles and fills caches
-                taken[name].append(_now() - start)
+                taken[name].append((_now() - start) / in_a_row)
     return {name: statistics.median(times) for name, times in taken.items()}
 
 

@@ -20,7 +20,7 @@ from abd_core.models import NORMALISATION
 
 BATCH, SIDE, PATCH = (128, 64, 11) if ON.type == "cpu" else (256, 224, 38)
 DTYPE = torch.float32 if ON.type == "cpu" else torch.bfloat16
-REPEATS = 15
+REPEATS, IN_A_ROW = 15, 20
 
 
 def painted(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
@@ -92,11 +92,16 @@ def main() -> None:
 
         def timed(what: str, calls: dict[str, Callable[[], object]], case=f"{kind}, {shape}") -> dict[str, float]:
             """Seconds a call; on a GPU those of the device, in which a share of the bandwidth is to be counted."""
-            taken = seconds(calls, repeats=REPEATS)
-            report.add(case, what, "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+
+            def noted(metric: str, taken: dict[str, float], count: int = REPEATS) -> dict[str, float]:
+                report.add(case, metric, "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=count)
+                return taken
+
+            taken = noted(what, seconds(calls, repeats=REPEATS))
             if ON.type == "cuda":
-                taken = device_seconds(calls, repeats=REPEATS)
-                report.add(case, f"{what}, device", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
+                row = seconds(calls, repeats=REPEATS, in_a_row=IN_A_ROW)
+                noted(f"{what}, in a row", row, REPEATS * IN_A_ROW)
+                taken = noted(f"{what}, device", device_seconds(calls, repeats=REPEATS))
             return taken
 
         case = f"{kind}, {shape}"
