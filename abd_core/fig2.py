@@ -3,7 +3,8 @@
     python -m abd_core.fig2 --processes 2    # what is missing in data/results/similarity.csv, rows after each victim
 
 The cells are those of the grid `fig2`: attacks, seeds, and the defences whose changed images are held against the
-attack's. Their runs are loaded, or made where they are not there. As in `similarity`, nothing of it reaches a defence.
+attack's. Of a defence that has no perturbation of its own, only what it leaves of the target's own images is measured.
+Runs are loaded, or made where they are not there. As in `similarity`, nothing of it reaches a defence.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Fig2Config(Config):
 
 
 def changes(config: DefendConfig, runs: Mapping[str, Run], size: int) -> dict[str, Change]:
-    """What a defence shows in the place of images of `size` px, by name: "" where it has one perturbation only."""
+    """A defence's perturbations, for images of `size` px, by name: "" where it has one only; {} where none."""
     kind = DEFENCES[config.defence]
     if "adversary" in runs:
         return {"": Perturbation.load(runs["adversary"].file("perturbation.safetensors"))}
@@ -78,11 +79,14 @@ def changes(config: DefendConfig, runs: Mapping[str, Run], size: int) -> dict[st
         return {"window": functools.partial(found.show, generator=rng(config.seed, "fig2")), "field": found.add}
     if kind is NoisePatch:
         return {"": noise_patch(config, size)}
-    raise AbdError(f"{kind.title}: no perturbation of its own, so nothing to hold against a trigger")
+    return {}
 
 
 def measure(cell: Cell, common: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
-    """A cell's rows of the table: for each of its perturbations and each model, all measures."""
+    """A cell's rows of the table: for each of its perturbations and each model, all measures.
+
+    Where it has none: `OWN` of the defended model, under the defence's name.
+    """
     job = cell.job(common)
     runs = job.runs()
     victim, defended = runs["poison"], runs["defend"]
@@ -96,18 +100,28 @@ def measure(cell: Cell, common: Mapping[str, Any] | None = None) -> list[dict[st
     target = class_index(test.class_names, trigger.target)
     environment = read_json(defended.file("config.json"))["environment"]
     origin = {"device": environment["device"], "versions": versions(environment), "git_sha": environment["git_sha"]}
-    rows = []
+    rows: list[dict[str, Any]] = []
+
+    def add(table: pd.DataFrame, model: str, name: str = "") -> None:
+        label = f"{cell.defence}, {name}" if name else cell.defence
+        key = {"attack": cell.attack, "perturbation": label, "seed": cell.seed, "split": cell.split, "model": model}
+        rows.extend({**key, **row, **origin, "run_id": job.key} for row in table.to_dict("records"))
+
+    if not changes(job.config, runs, test.images.shape[-1]):
+        weights = {DEFENDED: weights[DEFENDED]}
     for model, path in weights.items():
         encoder = models.load(path)
         prompts = prompt_features(encoder, test.class_names, test.templates)
         classifier = zero_shot_weights(encoder, test.class_names, test.templates)
-        plain = {"original": image_features(encoder, test), "backdoor": image_features(encoder, test, change=trigger)}
-        for name, change in changes(job.config, runs, test.images.shape[-1]).items():  # anew: places as for the others
+        original = image_features(encoder, test)
+        found = changes(job.config, runs, test.images.shape[-1])  # anew: places as for the others
+        if not found:
+            add(own_recognised(original, classifier, test.labels, target=target), model)
+            continue
+        plain = {"original": original, "backdoor": image_features(encoder, test, change=trigger)}
+        for name, change in found.items():
             images = {**plain, "adversarial": image_features(encoder, test, change=change)}
-            table = measures(images, prompts, classifier, test.labels, target=target, seed=cell.seed)
-            label = f"{cell.defence}, {name}" if name else cell.defence
-            key = {"attack": cell.attack, "perturbation": label, "seed": cell.seed, "split": cell.split, "model": model}
-            rows += [{**key, **row, **origin, "run_id": job.key} for row in table.to_dict("records")]
+            add(measures(images, prompts, classifier, test.labels, target=target, seed=cell.seed), model, name)
     return rows
 
 
@@ -123,8 +137,7 @@ def measures(
     """The analysis of `similarity` on one model, a row a number: `measure`, `value`, `ci_low`, `ci_high`, `n`.
 
     The pairings of Fig. 2 come under their names, 100 x cosine; then `similarity.shifts`; then
-    `similarity.drift_measures`, as "adversarial: ..." and "backdoor: ..."; then, where there are
-    any, the share of the target's own clean images that are given their class (`OWN`; one cluster, so a wide interval).
+    `similarity.drift_measures`, as "adversarial: ..." and "backdoor: ..."; then `own_recognised`.
 
     Args:
         images: what `similarity.features` returns.
@@ -143,12 +156,23 @@ def measures(
             answers["original"], answers[kind], labels, classes=len(classifier), target=target
         )
         tables.append(drift.assign(measure=f"{kind}: " + drift["measure"]))
-    own = labels == target
-    if own.any():
-        found = rate(answers["original"][own] == target, labels[own])
-        shares = {"value": 100 * found.value, "ci_low": 100 * found.ci_low, "ci_high": 100 * found.ci_high}
-        tables.append(pd.DataFrame([{"measure": OWN, **shares, "n": found.n}]))
+    tables.append(own_recognised(images["original"], classifier, labels, target=target))
     return pd.concat(tables, ignore_index=True)
+
+
+def own_recognised(
+    original: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor, *, target: int
+) -> pd.DataFrame:
+    """The target's own clean images that are given their class, as a row of `measures` (one cluster: a wide interval).
+
+    No row where there are none.
+    """
+    own = labels == target
+    if not own.any():
+        return pd.DataFrame()
+    found = rate((original[own] @ classifier.cpu().T).argmax(1) == target, labels[own])
+    shares = {"value": 100 * found.value, "ci_low": 100 * found.ci_low, "ci_high": 100 * found.ci_high}
+    return pd.DataFrame([{"measure": OWN, **shares, "n": found.n}])
 
 
 # --- the table --------------------------------------------------------------------------------------------------------

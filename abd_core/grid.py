@@ -207,8 +207,16 @@ GRIDS: dict[str, Grid] = {
         ),
         range(3),
     ),
-    # Perturbations that abd_core.fig2 holds against the trigger, and ABD by the paper's letter.
-    "fig2": Grid(PAPER, ("ABD", "ABD, literal", "ABD, untrained patch", "ABD-D", "noise patch"), range(5)),
+    # Perturbations that abd_core.fig2 holds against the trigger, ABD's by the paper's letter among them; and rivals
+    # without one, of which it measures what they leave of the target's own images.
+    "fig2": Grid(
+        PAPER,
+        (
+            *("ABD", "ABD, literal", "ABD, untrained patch", "ABD-D", "noise patch"),
+            *("FT", "CleanCLIP", "RoCLIP", "PAR"),
+        ),
+        range(5),
+    ),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
     "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
     "readings": Grid(PAPER, ("ABD", *(f"ABD, {reading}" for reading in READINGS)), range(100, 103), "dev"),

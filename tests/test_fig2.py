@@ -15,8 +15,8 @@ from conftest import ARCHITECTURE, ROOT
 from scipy import stats
 
 from abd_core import fig2, grid, models, plots, similarity
-from abd_core.config import AbdError, ConfigError
-from abd_core.defences import DefendConfig, NoisePatch
+from abd_core.config import ConfigError
+from abd_core.defences import NoisePatch
 from abd_core.disagreement import Disagreement
 from abd_core.evaluate import image_features, zero_shot_weights
 from abd_core.fig2 import BASE, DEFENDED, MOVED, OWN, SUSPECT, beyond_base, orders, over_seeds
@@ -110,8 +110,17 @@ def test_the_changes_are_those_that_the_defences_train_on(small: Path):
     again = fig2.changes(configs["ABD-D"], runs["ABD-D"], 64)["window"]  # as for each model
     assert torch.equal(again(IMAGES), window) and not torch.equal(again(IMAGES), window)
 
-    with pytest.raises(AbdError, match="FT: no perturbation of its own"):
-        fig2.changes(DefendConfig(defence="ft"), {}, 64)
+
+def test_of_a_defence_without_a_perturbation_only_the_target_s_own_images_are_seen(small: Path):
+    cell = Cell("BadNet", "FT", 0, "eval")
+    (row,) = fig2.measure(cell, COMMON)
+    assert (row["perturbation"], row["model"], row["measure"]) == ("FT", DEFENDED, OWN)
+    model = models.load(cell.job(COMMON).runs()["defend"].file("model.safetensors"))
+    test = fig2.inputs.test_set(cell.job(COMMON).config, "eval", small / "base.safetensors")
+    target = test.class_names.index("banana")
+    classifier = zero_shot_weights(model, test.class_names, test.templates)
+    answers = (image_features(model, test) @ classifier.cpu().T).argmax(1)[test.labels == target]
+    assert row["n"] == len(answers) > 0 and row["value"] == pytest.approx(100 * (answers == target).float().mean())
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -218,8 +227,5 @@ def test_the_committed_table_is_not_written_with_other_parameters():
         fig2.main(["-p", "limit", "64"])
 
 
-def test_the_grid_fig2_is_of_the_evaluation_seeds_and_has_defences_with_a_perturbation_only():
+def test_the_grid_fig2_is_of_the_evaluation_seeds():
     assert GRIDS["fig2"].split == "eval" and len(GRIDS["fig2"].seeds) >= 3
-    for name in GRIDS["fig2"].defences:
-        config = Cell("BadNet", name, 0, "eval").job().config
-        assert config.defence in ("abd", "abd-d", "noise-patch")
