@@ -104,14 +104,14 @@ def adversary(config: AdversaryConfig, victim: Path, *, clean: Path | None = Non
     if len(pairs) < config.batch_size:
         raise ConfigError(f"AdversaryConfig.batch_size = {config.batch_size}: at most {len(pairs)} expected, the pairs")
     read = {"victim": sha256(victim), "pairs": pairs.digest}
-    if config.normal == "clean":
-        clean = clean or inputs.clean_weights(config)
-        read["clean"] = sha256(clean)
+    published = (clean or inputs.clean_weights(config)) if config.normal == "clean" else None
+    if published is not None:
+        read["clean"] = sha256(published)
 
     def make(folder: Path) -> Mapping[str, Any]:
         normal = suspect = models.frozen(models.load(victim))
-        if clean is not None:
-            normal = models.frozen(clean_model(clean, suspect))
+        if published is not None:
+            normal = models.frozen(clean_model(published, suspect))
         elif config.normal == "fine-tuned":
             normal = models.frozen(fine_tuned(suspect, pairs, folder, seed=config.seed))
         return search(config, pairs, suspect, normal, folder)

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from abd_core import escape, models
 from abd_core.config import AbdError, Config, ConfigError, derive_seed, digest, option
-from abd_core.data import TEST_VIEWS, class_names, load_pairs, rng
+from abd_core.data import CELL, TEST_VIEWS, class_names, load_pairs, rng
 from abd_core.detectors import CHUNK, DETECTORS, Detector, Finding, Observed, encode, observe
 from abd_core.evaluate import Rate, rate
 from abd_core.formats import read_image
@@ -129,6 +129,8 @@ def _images(inputs: AuditInputs, config: AuditConfig, resolution: int) -> torch.
             raise ConfigError(
                 f"the embedded images are {pairs.resolution} px, the suspect's {resolution} px: pass images or pairs"
             )
+        if len(pairs) < 16:
+            raise ConfigError(f"AuditConfig.limit = {config.limit}: {len(pairs)} for the audit, at least 16 expected")
         drawn = torch.randperm(len(pairs), generator=rng(config.seed, "audit images"))[: config.count]
         images = pairs.images(drawn, seed=config.seed, step=0, views=TEST_VIEWS)
     order = torch.randperm(len(images), generator=rng(config.seed, "audit order"))  # names may sort by class
@@ -229,6 +231,12 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
         raise ConfigError("AuditInputs.checkpoint = '': the file of the suspect's weights expected")
     suspect, reference = Path(inputs.checkpoint), _reference(inputs)
     images, names = looked_at(config, inputs)
+    size = images.shape[-1]
+    if reference is not None and (other := models.resolution(models.load(reference))) != size:
+        raise ConfigError(
+            f"AuditInputs.reference = {inputs.reference!r}: clean weights for {other} px, the suspect's are for {size}"
+            " px: those that it comes from expected, or 'none'"
+        )
     keys = {"suspect": sha256(suspect), **_digests(images, names), "detectors": settings(config.preset)}
     if reference is not None:
         keys["reference"] = sha256(reference)
@@ -363,12 +371,17 @@ def verdict_of(run: Run) -> Verdict:
 
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
-    """A defence with the suspect and what the audit found, as Python to run."""
-    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, run.file("recovered.safetensors")))
+    """A defence with the suspect and what the audit found, as Python to run at the checkout's root."""
+    recovered = run.file("recovered.safetensors")
+    suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, recovered))
+    own = {name: value for name, value in inputs.places().items() if name in PairSource.names()}
+    if not own and Perturbation.load(recovered).resolution != CELL:
+        own = {"pairs": "ADDRESS OF CLEAN PAIRS"}  # the embedded ones are too small
+    given = "".join(f", {name}={value!r}" for name, value in own.items())
     lines = [
         "from pathlib import Path",
         "from abd_core.defend import DefendConfig, defend",
-        f"defended = defend(DefendConfig(defence='abd', view='both'), Path({suspect!r}),",
+        f"defended = defend(DefendConfig(defence='abd', view='both'{given}), Path({suspect!r}),",
         f"                  perturbation=Path({trigger!r}))",
         "print(defended.metrics, defended.file('model.safetensors'))",
     ]

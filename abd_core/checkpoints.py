@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from abd_core import huggingface
-from abd_core.paths import RunError, read_json, regular
+from abd_core.paths import RunError, read_json, regular, unpacked
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training checkpoints keep their weights
@@ -76,6 +76,9 @@ def _safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def _pickled(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                unpacked(archive)
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch raises many kinds; code in the file is refused before it runs
         raise RunError(

@@ -135,14 +135,14 @@ class Config:
             _check(where, value, field)
             object.__setattr__(self, field.name, value)
         for field in dataclasses.fields(self):
-            if field.name in self._unread() and getattr(self, field.name) != field.default:
+            if field.name in self.unread() and getattr(self, field.name) != field.default:
                 readers = [name for name, kind in self.kinds.items() if field.name in kind.settings]
                 raise ConfigError(
                     f"{type(self).__name__}.{field.name} = {getattr(self, field.name)!r}: {self.chooser} "
                     f"{getattr(self, self.chooser)!r} does not read it, only {', '.join(readers)}"
                 )
 
-    def _unread(self) -> set[str]:
+    def unread(self) -> set[str]:
         """Fields that the chosen kind does not read."""
         if not self.chooser:
             return set()
@@ -171,7 +171,7 @@ class Config:
 
     def key(self) -> dict[str, Any]:
         """The settings that tell runs apart: those that are read, without places; see `option`."""
-        unread = self._unread()
+        unread = self.unread()
         kept = [f for f in dataclasses.fields(self) if f.name not in unread and not f.metadata["place"]]
         values = {f: getattr(self, f.name) for f in kept}
         return {f.name: value for f, value in values.items() if not f.metadata["later"] or value != f.default}

@@ -181,7 +181,8 @@ def fine_tuned(victim: open_clip.CLIP, pairs: TrainingPairs, folder: Path, *, se
     path, model = folder / "normal.safetensors", copy.deepcopy(victim).requires_grad_(True)
     if ranks.agreed(path.exists()):  # an earlier process got so far
         return models.load(path)
-    config = DefendConfig(defence="ft", seed=seed, batch_size=min(64, len(pairs)))
+    share = max(1, min(DefendConfig.batch_size, len(pairs)) // ranks.world())  # of a batch, each process's
+    config = DefendConfig(defence="ft", seed=seed, batch_size=share * ranks.world())
     training = folder / "normal"  # its own, as a run has one resume file and one history
     training.mkdir(exist_ok=True)
     FineTuning(config, pairs).defend(model, training)

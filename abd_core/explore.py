@@ -188,7 +188,7 @@ def switched(config: Any, kind: str) -> Any:
     own = {config.chooser}
     if isinstance(config, DefendConfig) and kind != config.defence:
         own |= {"lr", "batch_norm"}  # each defence has its own
-    kept = {name: value for name, value in config.to_dict().items() if name in fresh.to_dict() and name not in own}
+    kept = {name: value for name, value in config.to_dict().items() if name not in fresh.unread() | own}
     return fresh.replace(**kept)
 
 

@@ -256,7 +256,7 @@ def orders(table: pd.DataFrame) -> pd.DataFrame:
     """The comparisons of Fig. 2, `similarity.COMPARISONS`: rows whose measure is "A > B" and value A's minus B's."""
     wide = table.pivot_table("value", ["attack", "perturbation", "seed", "model"], "measure", sort=False)
     found = {f"{higher} > {lower}": wide[higher] - wide[lower] for higher, lower in COMPARISONS}
-    return pd.DataFrame(found).melt(var_name="measure", ignore_index=False).reset_index()
+    return pd.DataFrame(found).melt(var_name="measure", ignore_index=False).dropna().reset_index()
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -267,10 +267,10 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
         `seeds` (their number).
     """
     key = ["attack", "perturbation", "model", "measure"]
-    found = table.groupby(key, sort=False)["value"].agg(["mean", "std", "size"]).reset_index()
-    half = half_width(found["std"], found["size"])
+    found = table.groupby(key, sort=False)["value"].agg(["mean", "std", "count"]).reset_index()
+    half = half_width(found["std"], found["count"])
     found = found.assign(value=found["mean"], ci_low=found["mean"] - half, ci_high=found["mean"] + half)
-    return found.rename(columns={"size": "seeds"})[[*key, "value", "ci_low", "ci_high", "seeds"]]
+    return found.rename(columns={"count": "seeds"})[[*key, "value", "ci_low", "ci_high", "seeds"]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

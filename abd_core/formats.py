@@ -48,6 +48,7 @@ MOST_BYTES = 64 << 20  # of one encoded image
 MOST_PIXELS = 100_000_000  # of one decoded image; more is taken for a decompression bomb
 MOST_STRETCH = 500  # longer side by shorter: the shorter one is brought to a model's size, and the longer one with it
 MOST_TEXT = 1 << 20  # bytes of a tar's caption member
+MOST_UNPACKED = 100  # times a Parquet file's size that its images may take; encoded images pack badly
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -270,15 +271,20 @@ def _held(file: str, parquet: pq.ParquetFile, image: str, caption: str) -> pa.Ta
             with atomic(store) as temporary, temporary.open("wb") as f:
                 batches = parquet.iter_batches(16, columns=[image, caption])
                 rows = ((batch.column(name).to_pylist() for name in (image, caption)) for batch in batches)
-                table = _copied(file, (row for columns in rows for row in zip(*columns, strict=True)), f, str(store))
+                each = (row for columns in rows for row in zip(*columns, strict=True))
+                table = _copied(file, size, each, f, str(store))
             with atomic(index) as temporary:
                 pq.write_table(table, temporary)
         ranks.barrier()
     return pq.read_table(index).cast(SCHEMA)
 
 
-def _copied(file: str, rows: Iterable[tuple[Any, str | None]], f: IO[bytes], store: str) -> pa.Table:
-    """Writes the images to `f`, which will be `store`. Ids are the paths that go with them, else the rows' numbers."""
+def _copied(file: str, size: int, rows: Iterable[tuple[Any, str | None]], f: IO[bytes], store: str) -> pa.Table:
+    """Writes the images to `f`, which will be `store`. Ids are the paths that go with them, else the rows' numbers.
+
+    The same bytes are written once: a file of a few kilobytes can repeat an image in each of a million rows.
+    """
+    written: dict[bytes, int] = {}
     shard = file.rpartition("/")[2].removesuffix(".parquet")
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for row, (value, caption) in enumerate(rows):
@@ -286,10 +292,16 @@ def _copied(file: str, rows: Iterable[tuple[Any, str | None]], f: IO[bytes], sto
         data, path = record.get("bytes") or b"", record.get("path") or ""
         if not data and not path:
             raise RunError(f"damaged file: {file}: row {row + 1} names no image")
-        place = (store, f.tell(), len(data)) if data else (sources.beside(file, path), 0, -1)
+        place = (sources.beside(file, path), 0, -1) if not data else (store, f.tell(), len(data))
+        if data and (mark := hashlib.sha256(data).digest()) in written:
+            place = (store, written[mark], len(data))
+        elif data:
+            written[mark] = f.tell()
+            f.write(data)
+            if f.tell() > MOST_UNPACKED * size:
+                raise RunError(f"{file}: its images unpack to more than {MOST_UNPACKED} times its size")
         for name, entry in zip(SCHEMA.names, (path or f"{shard}/{row}", caption or "", *place), strict=True):
             columns[name].append(entry)
-        f.write(data)
     columns["address"] = pa.array(columns["address"], pa.string()).dictionary_encode()
     return pa.table(columns).cast(SCHEMA)
 

@@ -112,6 +112,11 @@ class Perturbation:
             raise ValueError(f"perturbation: mode {self.mode!r}, placement {self.placement!r}")
         if not isinstance(self.resolution, int) or not 0 < side <= self.resolution:
             raise ValueError(f"perturbation: {side} px wide for images of {self.resolution!r} px")
+        if self.delta.shape[-3:] != (3, side, side) or (self.mode == "additive" and side != self.resolution):
+            raise ValueError(f"perturbation: {self.mode} of {tuple(self.delta.shape)} for {self.resolution} px")
+        room = range(self.resolution - side + 1)
+        if self.mode == "patch" and not (len(self.corner) == 2 and all(place in room for place in self.corner)):
+            raise ValueError(f"perturbation: {side} px wide at {self.corner} of {self.resolution} px")
         if not torch.isfinite(self.delta).all():
             raise ValueError("perturbation: NaN or infinity among its pixels")
 

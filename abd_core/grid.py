@@ -28,6 +28,7 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -362,6 +363,9 @@ class JobError(AbdError):
     """A notebook of the grid failed."""
 
 
+DIED = "a process died, perhaps for want of memory; what is done is kept: start again, with fewer --processes"
+
+
 def folder() -> Path:
     """Records and executed notebooks. Made if missing."""
     path = runs_dir() / "grid"
@@ -536,6 +540,8 @@ def run(
                         write_table(output, jobs)
                     except AbdError as error:
                         failed[job] = f"{NOTEBOOKS[job.stage]} of {title(job, missing[job])}: {error}"
+                    except BrokenProcessPool:
+                        raise JobError(DIED) from None
                     bar.update()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -548,29 +554,38 @@ def _quiet() -> None:
 
 
 def pooled(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[tuple[Any, Any | AbdError]]:
-    """Each of `items` with what `make` returns for it, or with the AbdError that it raises, as they get done.
+    """Each of `items` with what `make` returns for it, or with the error that it raises, as they get done.
 
     Args:
         processes: items at a time, each in a process of its own with its share of the cores.
+
+    Raises:
+        JobError: a process died.
     """
     if processes == 1:
         for item in items:
-            try:
-                yield item, make(item)
-            except AbdError as error:
-                yield item, error
+            yield item, _made(functools.partial(make, item))
         return
     use_cores(processes)  # the children take OMP_NUM_THREADS over
     pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
     try:
         running = {pool.submit(make, item): item for item in items}
         for future in as_completed(running):
-            try:
-                yield running[future], future.result()
-            except AbdError as error:
-                yield running[future], error
+            yield running[future], _made(future.result)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _made(call: Callable[[], Any]) -> Any | AbdError:
+    """What the call returns, or the error that it raises, in one line."""
+    try:
+        return call()
+    except AbdError as error:
+        return error
+    except BrokenProcessPool:
+        raise JobError(DIED) from None
+    except Exception as error:  # of many kinds, as in `Job.execute`
+        return JobError(f"{type(error).__name__}: {error}".splitlines()[0])
 
 
 def command(main: Callable[[], int]) -> None:

@@ -1,7 +1,8 @@
 """What a stage reads besides its settings: the embedded benchmark, or weights, pairs and test images of one's own.
 
 The settings here mean the same in every stage. All of them are places: what is found there enters a run's key by its
-digest, so the runs of the embedded benchmark stay where they are, and data may be moved.
+digest, so the runs of the embedded benchmark stay where they are, and data may be moved. (Of pairs, ids, captions and
+the sizes that a tar tells, see `ImagePairs.digest`: images that are replaced under the same names are not noticed.)
 """
 
 from __future__ import annotations

@@ -261,7 +261,8 @@ def _ids(source: Labelled) -> list[str]:
 def _pixels_of(source: Labelled, order: np.ndarray, resolution: int) -> tuple[torch.Tensor, str]:
     """All images, uint8 (N, 3, R, R), mapped from the cache, and the checksum of the file there."""
     rows: dict[str, Any] = {name: source.table[name].to_pylist() for name in ("id", "address", "offset", "size")}
-    stem = cache_dir() / f"test-{digest([rows, order.tolist(), resolution])[:16]}"
+    marks = [sources.stamp(address) for address in dict.fromkeys(rows["address"]) if sources.is_local(address)]
+    stem = cache_dir() / f"test-{digest([rows, marks, order.tolist(), resolution])[:16]}"
     path, record = stem.with_suffix(".bin"), stem.with_suffix(".json")
     shape = (len(order), 3, resolution, resolution)
     if not (record.exists() and path.exists() and path.stat().st_size == np.prod(shape)):

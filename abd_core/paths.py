@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -139,6 +140,12 @@ def regular(path: Path) -> Path:
     return path
 
 
+def unpacked(archive: zipfile.ZipFile) -> None:
+    """Raises BadZipFile where a part is packed: `torch.save` packs none, and what unpacks may never end."""
+    if packed := [part.filename for part in archive.infolist() if part.compress_type != zipfile.ZIP_STORED]:
+        raise zipfile.BadZipFile(f"{packed[0]} is packed")
+
+
 def sha256(path: Path) -> str:
     """SHA-256 (hex) of a file. Raises RunError where it is missing or no regular file."""
     with regular(path).open("rb") as f:
@@ -242,7 +249,7 @@ def load_or_make(
             if finished:
                 _forget(folder)
             else:
-                resumed = any(folder.glob("resume.*"))
+                resumed = bool({path.name for path in folder.iterdir()} - {".lock", "config.json"})
                 places = {"places": config.places()} if config.places() else {}
                 write_json(folder / "config.json", {**key, **places, "environment": environment()})
         if ranks.agreed(finished):

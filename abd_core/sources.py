@@ -63,12 +63,12 @@ def beside(table: str, entry: str) -> str:
     """The address of what a table names: an address of the same kind, an absolute path, or one relative to the table.
 
     Raises:
-        RunError: the table sends the reader somewhere else: from a remote file to this machine's, or to another host's
-            protocol.
+        RunError: the table sends the reader somewhere else: from a remote file to this machine's, to another host's
+            protocol, or through a chain that is not its own.
     """
     kind = protocol(table)
     if "://" in entry or "::" in entry:
-        if protocol(entry) != kind:
+        if protocol(entry) != kind or entry.count("::") != kind.count("::"):
             raise RunError(f"{table}: it names {entry!r}, which is of another kind than its own address")
         return entry
     if not kind:
@@ -109,6 +109,11 @@ def _local_path(address: str) -> str | None:
         return None
     kind, path = protocol(address), address.removeprefix("file://")
     return None if kind else os.path.expanduser(path)
+
+
+def is_local(address: str) -> bool:
+    """Whether it is a file of this machine."""
+    return _local_path(address) is not None
 
 
 def _ordinary(path: str) -> None:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from abd_core import graphs, ranks
 from abd_core.config import Config, ConfigError, TrainingError, option
 from abd_core.data import rng
-from abd_core.paths import RunError, atomic, regular
+from abd_core.paths import RunError, atomic, regular, unpacked
 
 CHECKPOINT_SECONDS = 60.0  # how much work a killed process may lose
 COLLAPSED = 1e-5  # unit features that differ by less are one and the same
@@ -120,8 +120,7 @@ def load_resume(path: Path) -> dict[str, Any] | None:
     regular(path)
     try:
         with zipfile.ZipFile(path) as parts:  # torch.load leaves the parts' checksums unread
-            if packed := [part.filename for part in parts.infolist() if part.compress_type != zipfile.ZIP_STORED]:
-                raise zipfile.BadZipFile(packed[0])  # torch compresses nothing; what unpacks may never end
+            unpacked(parts)
             if damaged := parts.testzip():
                 raise zipfile.BadZipFile(damaged)
         return torch.load(path, weights_only=True, map_location="cpu")

@@ -111,10 +111,11 @@ plots.single_runs(grid, in_paper, defences)
 # %% [markdown]
 # ## The same seeds on another machine
 #
-# The rows above are of one machine. The cells of some seeds were made on another one as well, `data/results/replication.csv`: by the same
-# code and with the same draws, but with other rounding, which training amplifies. The table shows how far two runs lie apart, as root mean
-# square over all defences, in points. What two machines differ by at one seed is the noise that no seed fixes; an effect that is not larger
-# is none. Two seeds differ by that and by everything that a seed draws.
+# The rows above are of one machine, but for *ABD, literal*. The cells of some seeds were made on another one as well,
+# `data/results/replication.csv`: with the same draws, but with other rounding, which training amplifies: the machine's, and that of code that has
+# come to compute less since ([chapter 7](07_kernels)). The table shows how far two runs lie apart, as root mean square over all defences, in points.
+# What two machines differ by at one seed is the noise that no seed fixes; where two single runs differ by no more, they do not differ. Two seeds
+# differ by that and by everything that a seed draws, and both are in the intervals over seeds.
 
 # %%
 display(pd.concat([grid, again]).groupby("device").agg(runs=("run_id", "nunique"), seeds=("seed", "nunique")))
@@ -204,7 +205,8 @@ plots.bullets(findings(honest))
 # *ABD-D*, a variant of this project and not of the paper, asks for it directly: its perturbations are those on which victim and
 # clean model *disagree* most. Two are sought, by gradient steps on their pixels and without a GAN: an image of which a square window is
 # shown at a place drawn for each image, for triggers that are local, and a field that is added everywhere, for those that are not.
-# Fine-tuning then is ABD's own. It owns what ABD owns. [Chapter 6](06_similarity) counts how many images each of these perturbations leads to
+# Fine-tuning then is ABD's, with settings of its own from the same search: half of ABD's rate, BatchNorm's statistics of the batch, and a quarter of
+# each batch perturbed while the rest is left clean. It owns what ABD owns. [Chapter 6](06_similarity) counts how many images each of these perturbations leads to
 # the attacker's target. Below: ABD-D minus each other defence.
 
 # %%
@@ -334,8 +336,8 @@ plots.bullets(claims(tested.sort_values("verdict", kind="stable")))
 #
 # - **The share of poison is far larger than the paper's 0.3 %.** What makes a backdoor is how often the model sees poisoned pairs; with a few
 #   thousand pairs in all, the same number of exposures is a large share of them. No statement about small shares can be tested here.
-# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images, and those
-#   defences that [chapter 6](06_similarity) follows bring a part of them back. One class in a hundred hardly moves CA, and is in no ASR.
+# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images, and most
+#   defences bring but a part of them back ([chapter 6](06_similarity)). One class in a hundred hardly moves CA, and is in no ASR.
 # - **The attack is short, and so is forgetting it.** A backdoor learnt in a few hundred steps at a high learning rate may go in a few
 #   hundred more, whatever they train on. If so, plain fine-tuning stands better here than at the paper's scale; that is a conjecture, which
 #   no row of the table tests.
@@ -366,7 +368,7 @@ print(
 )
 
 # %% [markdown]
-# <details><summary><b>Exercise.</b> Choose a defence on the Pareto front for a company that may lose at most two points
+# <details><summary><b>Exercise.</b> Choose a defence on the Pareto front for a company that may lose at most five points
 # of clean accuracy. What do you need besides the figure?</summary>
 #
 # **Solution.** The intervals: points whose intervals overlap are not in an order. And what the company owns: a front

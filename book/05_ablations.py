@@ -114,8 +114,8 @@ plots.bullets(claims(backdoor_loss))
 # Such rows are for the choice of ABD's defaults, so they are of the development split, whose artwork and seeds are others than those of all
 # other results. Three of the readings taken are not the literal ones, and for a reason: the paper's figure draws a patch, a patch at a fixed place
 # may cover the trigger by accident, and BatchNorm's statistics of perturbed images are not those of the clean ones that are classified
-# later. *ABD, untrained patch* is a control among them: the patch that the generator makes before it has learnt
-# anything. Positive: higher than ABD as taken here.
+# later. *ABD, untrained patch* is a control among them: the patch that the generator makes after a single
+# step. Positive: higher than ABD as taken here.
 
 # %% mystnb={"figure": {"caption": "One reading changed at a time. The paper names one reading of each and has no values for the others."}, "image": {"alt": "Differences between each changed reading and ABD, with intervals"}}
 loops = variants(search, r"lr\b")
@@ -231,7 +231,7 @@ plots.bullets(findings(pd.concat([moved, differences(placed, pairs, ["asr"], aga
 # ## Why: what these rows say together
 #
 # If ABD worked because its adversary finds the backdoor, three things would show. Eq. (2), which is to look for the backdoor, would add something
-# to AdvCLIP's perturbation. A patch that the generator makes before it has learnt anything would do less. And the victim would take perturbed
+# to AdvCLIP's perturbation. A patch that the generator makes after a single step would do less. And the victim would take perturbed
 # images for the target, as it takes triggered ones. The first two:
 
 # %%
@@ -326,12 +326,13 @@ plots.bullets(
 
 # %% [markdown]
 # Where both answers are yes, the adversary has learnt something of the trigger, and the defence gains by it: there the paper's idea holds, with
-# or without Eq. (2). Where both are no, what ABD gains is what any patch gains.
+# or without Eq. (2). Where both are no, nothing here shows that ABD gains more than any patch does.
 
 # %% [markdown]
 # ## The search for the settings of each defence
 #
-# On the split `dev`, whose artwork and seeds are others than those of the results, and for all defences in the same way: learning rates of
+# On the split `dev`, whose artwork and seeds are others than those of the results, and in the same way for all defences that train, but for ABD's
+# controls *noise patch* and *Gaussian noise* and its ablations, which have its settings: learning rates of
 # 5e-4 and 1e-3 (and 2.5e-4 for those that lose more than five points of CA even at 5e-4 with BatchNorm's statistics of the batch), with these
 # statistics or the victim's; one seed, so differences of a few points decide nothing. This extent was cut down from three seeds and all rates
 # for all after the first rows were seen. Some cells stand on another making of their victim than the rows of *none*. The rule takes the setting

@@ -248,7 +248,7 @@ neighbour_widget(Case(trigger, perturbation, encoders, test_set, title), label)
 #
 # - *ABD*: the perturbation of chapter 2 at its defaults, a patch;
 # - *ABD, literal*: the other reading of the paper, added to all pixels within the bound;
-# - *ABD, untrained patch*: what the same generator makes before it has learnt anything;
+# - *ABD, untrained patch*: what the same generator makes after a single step;
 # - *ABD-D, window* and *ABD-D, field*: the two perturbations of this project's variant, a square of an image and what is
 #   added everywhere, both sought where victim and clean base *disagree* ([chapter 4](04_results));
 # - *noise patch*: the control. Nobody searched for it; it has the size of ABD's patch, and uniform noise in it.
@@ -320,7 +320,7 @@ plots.bullets(
 # ### The target's own images
 #
 # And clean images of the target class, which no attack and no defence is about? Those that a model gives their class, in %,
-# over seeds; the defended models are named by what they trained on.
+# over seeds:
 
 # %%
 clean = table[table["measure"] == fig2.OWN]

@@ -339,7 +339,7 @@ share.map("{:.3g}".format)
 
 # %% [markdown]
 # **The loss.** At the paper's batches of 64 to 128 it is a small part of a step, and no kernel for it will be noticed. It is noticed where batches are so
-# large that the matrix does not fit, as in pre-training, and in the memory of any step.
+# large that the matrix does not fit, as in pre-training, and from some thousands on in the memory of a step.
 #
 # **The rest.** How much could still be gained is bounded by the share of the matrix product's rate at which the steps run already:
 
@@ -392,12 +392,13 @@ pd.DataFrame(pays).T
 # little; on a GPU it stands in the place of the graphs, which save more. So no stage compiles anything of itself. A device that is not in the table has not
 # been measured.
 #
-# What the steps make of the paper's defence (250,000 pairs, 10 epochs; the paper gives 14 hours on an A100), projected from a step:
+# What the steps make of the paper's defence (250,000 pairs, 10 epochs; the paper gives 14 hours on an A100), projected from a step. Rows
+# of different runs are of different code, and not to be set against each other:
 
 # %%
 variants = ["ft", "abd", "ft from tars", "abd from tars"]
 hours = steps[steps["unit"].isin(["GPU-hours", "images/s"]) & steps["variant"].isin(variants)]
-hours.set_index(["device", "case", "variant"])[["metric", "value", "unit"]]
+hours.set_index(["device", "case", "variant"])[["metric", "value", "unit", "run"]]
 
 # %% [markdown]
 # ## Summary

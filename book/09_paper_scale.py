@@ -219,12 +219,11 @@ preflight(
 #
 # - All steps were timed at the batch of the column `case`. The paper's attack has that one, its defence 64, its adversary
 #   16; at a smaller batch a GPU does fewer images a second.
-# - *from tars* reads and decodes its images, the others have them there already. Each was run once: where it comes out
-#   faster, that is noise.
+# - *from tars* reads and decodes its images, the others have them there already. Each was timed in one run, those from
+#   tars in an earlier one ([chapter 7](07_kernels)): where they come out faster, that is noise.
 # - *cores* is the rate divided by what one core reads in a second: the loader's images a second of CPU time, of the next
 #   section. They were measured on another machine, with larger images than the command above stores: a first guess.
-# - *GiB* is of the variant in the last column: where training records its steps as CUDA graphs, the benchmark could not
-#   see their memory, and the same steps without graphs stand in.
+# - *GiB* is of the variant in the last column: for rows from tars, the same steps without reading.
 # - *plain loop* is open_clip's model in float32 with nothing done for speed, about what reference code does. The paper
 #   reports about 8 A100-hours for an attack and 14 for the defence; *paper / this* is how many times as long that is. What
 #   lies between the plain loop and the paper is another GPU, reading, evaluation, and perhaps the adversary: the paper
@@ -258,7 +257,7 @@ for (device, case), part in measured[large].groupby(["device", "case"], sort=Fal
             rate, pairs = speed[variant], seen[stage]
             hours = pairs / rate / 3600
             times = reported.get(stage, float("nan")) / hours
-            like = next((v for v in (variant, f"{variant.split()[0]}, no graphs") if v in memory.index), "")
+            like = next((v for v in (variant, variant.removesuffix(" from tars")) if v in memory.index), "")
             used = memory.get(like, float("nan"))
             rows.append([device, case, stage, variant, pairs, round(rate), hours, times, rate / a_core, used, like])
 columns = ["device", "case", "stage", "timed as", "pairs seen", "images/s", "hours"]

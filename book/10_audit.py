@@ -81,7 +81,7 @@ for mode, below in read_json(run.file("audit.json"))["clean_models_below"].items
 shown.astype(object).fillna("")
 
 # %% [markdown]
-# Drift, place by place: the share of held-out images of other classes that each optimised patch sends to the suspected class.
+# Drift, place by place: the largest share of held-out images of other classes that each optimised patch sends to one class.
 
 # %% mystnb={"figure": {"caption": "The evidence in pictures; the paper has no such audit."}, "image": {"alt": "Maps, one for each size of patch, of the largest share of images that go to one class by the place of the patch; then pictures of the recovered trigger"}}
 import matplotlib.pyplot as plt
@@ -378,8 +378,8 @@ print(next_step(inputs, run))
 #
 # Of the attackers above who know the audit, one passes for clean at every seed: it puts the trigger where no window looks, and trains the
 # victim not to drift. Either alone was found. Beside clean weights the head still names its target, though that is no part of the
-# probability: whoever knows it can train around it. Without clean weights a spread trigger can pass too, and where it or the frame is found,
-# the target is seldom the class that is named. Victims trained not to drift are also what ABD-D does worst on, as it looks for what they were
+# probability: whoever knows it can train around it. Without clean weights a spread trigger can pass too, and where the scattered one or the frame is
+# found, the target is seldom the class that is named. Victims trained not to drift are also what ABD-D does worst on, as it looks for what they were
 # trained against: what it leaves differs widely from seed to seed, and fine-tuning alone leaves less on average.
 #
 # DECREE's published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single one. An

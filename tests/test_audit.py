@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import miniature
+import open_clip
 import pytest
 import torch
-from conftest import write_stand_in
+from conftest import LAYOUT, write_stand_in
 from PIL import Image
 
 from abd_core import audit as audit_module
@@ -397,6 +398,23 @@ def test_what_is_missing_ends_in_one_line(suspect, inputs, error, line):
         audit(CONFIG, AuditInputs(**given))
 
 
+def test_a_suspect_for_images_of_another_size_is_not_held_against_the_embedded_weights(cheap, tmp_path):
+    vision = {**LAYOUT["vision_cfg"], "image_size": 96}
+    (tmp_path / "stand-in-96.json").write_text(json.dumps({**LAYOUT, "vision_cfg": vision}))
+    open_clip.add_model_config(tmp_path / "stand-in-96.json")
+    models.save(models.build("stand-in-96"), tmp_path / "large.safetensors", name="stand-in-96")
+    for number in range(16):
+        Image.new("RGB", (96, 96), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    inputs = AuditInputs(checkpoint=str(tmp_path / "large.safetensors"), images=str(tmp_path))
+    with pytest.raises(ConfigError, match="'embedded': clean weights for 64 px, the suspect's are for 96 px"):
+        audit(CONFIG, inputs)
+
+
+def test_an_audit_of_fewer_than_16_embedded_images_is_refused(suspect):
+    with pytest.raises(ConfigError, match=r"AuditConfig\.limit = 20: 10 for the audit, at least 16 expected"):
+        audit(CONFIG.replace(limit=20), suspect)
+
+
 def test_a_damaged_image_or_finding_is_named(tmp_path):
     for i in range(16):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
@@ -431,7 +449,8 @@ def test_the_images_are_those_of_pairs_of_one_s_own(suspect: AuditInputs, tmp_pa
     run = audit(CONFIG.replace(limit=36), inputs)
     assert run.metrics["images"] == 16
     assert run.folder != audit(CONFIG, suspect).folder
-    assert read_json(run.file("audit.json"))["inputs"]["pairs"] == inputs.pairs
+    record = read_json(run.file("audit.json"))
+    assert record["inputs"]["pairs"] == inputs.pairs and f"pairs={inputs.pairs!r})" in record["next_step"]
     with pytest.raises(ConfigError, match="15 for the audit, at least 16 expected"):
         audit(CONFIG.replace(limit=30), inputs)
     with pytest.raises(ConfigError, match="one of them expected"):

@@ -368,6 +368,7 @@ for name, content, words in [
     ("p.csv", b"image,caption\nx.jpg,y,z\n1.jpg,2,3\n", ("damaged file", "does not match length of data")),
     ("p.csv", b"image,caption\n", ("no pairs in it",)),
     ("p.csv", b"image,caption\nhttp://host/1.jpg,x\n", ("it names 'http://host/1.jpg'", "another kind")),
+    ("p.csv", b"image,caption\nreference::refs.json,x\n", ("it names 'reference::refs.json'", "another kind")),
     ("p.csv", b"image,caption\nnone.jpg,x\n", ("1 of 1 pairs are damaged", "missing file", "max_damaged = 0.01")),
     ("p.tsv", b"filepath\twords\nx\ty\n", ("its columns are 'filepath', 'words'",)),
     ("p.tsv", b"filepath\ttitle\n\ty\n", ("damaged file", "row 1 names no image")),

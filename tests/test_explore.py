@@ -272,8 +272,10 @@ def test_settings_of_another_attack_or_defence_keep_what_it_reads():
     assert (attacker.attack, attacker.limit, attacker.lr) == ("blended", 128, 1e-2)
     defender = explore.switched(DefendConfig(limit=128, share=0.25, view="both"), "cleanclip")
     assert (defender.share, defender.lr) == (0.25, DefendConfig(defence="cleanclip").lr)
-    same = DefendConfig(lr=1e-2)
-    assert explore.switched(same, "abd") == same
+    for same in (DefendConfig(lr=1e-2), DefendConfig(defence="abd-d", normal="fine-tuned", accumulate=2)):
+        assert explore.switched(same, same.defence) == same
+    quiet = PoisonConfig(quiet_weight=1.0, further_targets=3)
+    assert explore.switched(quiet, "badnet") == quiet
 
 
 def test_the_chapter_begins_with_a_class_that_there_is():

@@ -111,6 +111,19 @@ def test_the_changes_are_those_that_the_defences_train_on(small: Path):
     assert torch.equal(again(IMAGES), window) and not torch.equal(again(IMAGES), window)
 
 
+def test_a_perturbation_without_a_measure_has_no_mean_of_it():
+    rows = [
+        {"attack": "BadNet", "perturbation": name, "seed": seed, "model": DEFENDED, "measure": measure, "value": 1.0}
+        for name, measures in {"ABD": [*PAIRINGS, OWN], "FT": [OWN]}.items()
+        for measure in measures
+        for seed in (0, 1)
+    ]
+    found = over_seeds(orders(pd.DataFrame(rows)))
+    assert set(found["perturbation"]) == {"ABD"} and found["value"].notna().all()
+    missing = over_seeds(pd.DataFrame([*rows, {**rows[-1], "seed": 2, "value": math.nan}]))
+    assert missing.set_index(["perturbation", "measure"]).loc[("FT", OWN), "seeds"] == 2
+
+
 def test_of_a_defence_without_a_perturbation_only_the_target_s_own_images_are_seen(small: Path):
     cell = Cell("BadNet", "FT", 0, "eval")
     (row,) = fig2.measure(cell, COMMON)

@@ -180,6 +180,25 @@ def test_other_braces_are_refused(address: str):
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_an_image_that_a_parquet_file_repeats_is_copied_once(tmp_path: Path):
+    images = [PAIRS[number % 2][1] for number in range(300)]
+    pq.write_table(pa.table({"jpg": images, "text": [str(n) for n in range(300)]}), tmp_path / "a.parquet")
+    pairs = loaded(str(tmp_path / "a.parquet"), columns="jpg,text")
+    (store,) = cache_dir().glob("parquet-*.bin")
+    assert store.stat().st_size == len(PAIRS[0][1]) + len(PAIRS[1][1])
+    expected = torch.from_numpy(np.stack([decode(PAIRS[n % 2][1], 24) for n in (0, 1, 298, 299)])) / 255
+    assert torch.equal(pairs.images(torch.tensor([0, 1, 298, 299])), expected)
+
+
+def test_a_parquet_file_whose_images_unpack_to_far_more_than_it_has_is_refused(tmp_path: Path):
+    images = [bytes([number]) * (4 << 20) for number in range(8)]
+    table = pa.table({"jpg": images, "text": ["x"] * len(images)})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    with pytest.raises(RunError, match=r"a\.parquet: its images unpack to more than 100 times its size"):
+        loaded(str(tmp_path / "a.parquet"), columns="jpg,text")
+    assert not list(cache_dir().glob("parquet-*"))
+
+
 def test_columns_of_a_parquet_file_that_hold_neither_images_nor_text_are_refused(tmp_path: Path):
     path = tmp_path / "a.parquet"
     for images, captions, line in [

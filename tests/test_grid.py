@@ -443,3 +443,15 @@ def test_the_papers_tables_agree_where_they_overlap_and_use_the_grids_labels():
         assert row["attack"] in ATTACKS and row["defence"] in (*DEFENCES, "none") and row["metric"] in grid.METRICS
         key = (row["source"], row["attack"], row["defence"], row["metric"])
         assert 0 <= float(row["value"]) <= 100 and known.setdefault(key, row["value"]) == row["value"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_error_of_one_item_is_a_line_and_the_others_are_made(processes: int):
+    found = dict(grid.pooled(int, ["1", "x", "3"], processes))
+    assert (found["1"], found["3"]) == (1, 3) and isinstance(found["x"], JobError)
+    assert str(found["x"]) == "ValueError: invalid literal for int() with base 10: 'x'"
+
+
+def test_a_process_that_dies_ends_the_work_with_one_line():
+    with pytest.raises(JobError, match=r"a process died.*with fewer --processes"):
+        list(grid.pooled(os._exit, [9, 9], 2))

@@ -148,6 +148,15 @@ def object_array(den: Den) -> Path:
     return den.here / "a.npy"
 
 
+@refused("a suspect that unpacks to a thousand times its size", "damaged file")
+def _(den: Den) -> None:
+    torch.save({"w": torch.zeros(1 << 24)}, den.here / "whole.pt")
+    with zipfile.ZipFile(den.here / "whole.pt") as whole, zipfile.ZipFile(den.here / "m.pt", "w") as packed:
+        for part in whole.infolist():
+            packed.writestr(part.filename, whole.read(part), zipfile.ZIP_DEFLATED)
+    models.load(den.here / "m.pt")
+
+
 def zip_bomb(den: Den) -> Path:
     with zipfile.ZipFile(den.here / "resume.pt", "w", zipfile.ZIP_DEFLATED) as parts:
         parts.writestr("archive/data.pkl", pickle.dumps({}))

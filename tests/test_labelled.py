@@ -251,6 +251,17 @@ def test_images_are_decoded_once_and_what_is_written_to_them_stays_in_memory(thi
     assert torch.equal(again.images, kept) and again.digest == first.digest
 
 
+def test_an_image_that_is_replaced_by_one_of_the_same_size_is_read_again(things: dict[str, str]):
+    def pixels() -> torch.Tensor:
+        return load_labelled(**things, split="eval", resolution=24).images
+
+    image = Path(things["images"]) / "cat" / "3.JPEG"
+    first, size = pixels(), image.stat().st_size
+    other = miniature.picture(5)
+    image.write_bytes((other + bytes(size))[:size] if len(other) <= size else other[: size - 2] + b"\xff\xd9")
+    assert image.stat().st_size == size and not torch.equal(pixels(), first)
+
+
 def test_the_digest_tells_test_sets_apart(things: dict[str, str], tmp_path: Path):
     def of(**changes) -> str:
         return load_labelled(**{**things, "split": "eval", "resolution": 24, "dev_share": 0.1, **changes}).digest

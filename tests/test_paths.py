@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import selectors
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,16 +120,19 @@ def test_what_was_left_to_resume_from_is_removed_at_the_end(runs: Path):
     assert not list(made(Maker()).folder.glob("resume.*"))
 
 
-@pytest.mark.parametrize(("left", "timed"), [(".half.txt.7.tmp", True), ("resume.pt", False)])
+@pytest.mark.parametrize(("left", "timed"), [(".half.txt.7.tmp", True), ("resume.pt", False), ("part.txt", False)])
 def test_what_a_killed_process_left_half_written_is_removed_and_its_time_is_not_guessed(
     left: str, timed: bool, runs: Path
 ):
     folder = made(Maker()).folder
-    (folder / "metrics.json").unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != "config.json":
+            path.unlink()
+    shutil.rmtree(folder / "sub")
     (folder / left).write_text("half")
     again = made(Maker())
     assert (again.metrics["seconds"] is not None) == timed
-    assert not (folder / left).exists()
+    assert (folder / left).exists() == (left == "part.txt")
 
 
 @pytest.mark.parametrize(

@@ -201,16 +201,18 @@ def test_one_pass_paints_clamps_normalises_and_casts(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=str)
-def test_the_gradients_are_those_of_the_plain_composition(kind: str, formats: tuple[bool, bool], impl: str):
-    images, settings = arguments(kind)
+@pytest.mark.parametrize("batch", [7, 1])
+def test_the_gradients_are_those_of_the_plain_composition(kind: str, formats: tuple[bool, bool], batch: int, impl: str):
+    images, settings = arguments(kind, batch=batch)
     leaves = {"images": images.contiguous(memory_format=torch.channels_last) if formats[0] else images}
     leaves |= {"patterns": settings["patterns"]} if "patterns" in settings else {}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     settings |= {name: leaf for name, leaf in leaves.items() if name == "patterns"}
-    output = draw(7, 3, H, W, seed=8).to(DEVICE)
+    output = draw(batch, 3, H, W, seed=8).to(DEVICE)
     got = perturb(leaves["images"], **settings, normalise=MEAN_STD, channels_last=formats[1], impl=impl)
     ours = torch.autograd.grad((got * output).sum(), [*leaves.values()])
-    theirs = torch.autograd.grad((painted(leaves["images"], settings) * output).sum(), [*leaves.values()])
+    alone = (painted(leaves["images"], settings) * output).sum()  # of no pattern, where the only image has none
+    theirs = torch.autograd.grad(alone, [*leaves.values()], allow_unused=True, materialize_grads=True)
     for mine, right in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 
@@ -233,6 +235,25 @@ def test_bytes_have_no_gradient_and_their_pattern_has(impl: str):
     value = images.double() / 255 + settings["patterns"].detach()
     wanted = ((value >= 0) & (value <= 1)).sum(0).float()
     torch.testing.assert_close(settings["patterns"].grad[0], wanted)
+
+
+@pytest.mark.parametrize(("choice", "gradients"), [(-1, [0.0]), (0, [1.0]), (0, [1.0, 0.0]), (1, [0.0, 1.0])])
+def test_a_single_image_s_gradient_goes_to_its_own_pattern(choice: int, gradients: list[float], impl: str):
+    images = torch.full((1, 3, H, W), 0.5, device=DEVICE)
+    patterns = torch.zeros(len(gradients), 3, H, W, device=DEVICE, requires_grad=True)
+    perturb(images, patterns, choice=torch.tensor([choice]), keep=1.0, impl=impl).sum().backward()
+    wanted = torch.tensor(gradients, device=DEVICE).view(-1, 1, 1, 1).expand_as(patterns)
+    assert torch.equal(patterns.grad, wanted)
+
+
+def test_no_pattern_is_as_good_as_none(impl: str):
+    images, _ = arguments("nothing")
+    images.requires_grad_()
+    none = torch.zeros(0, 3, 2, 2, device=DEVICE, requires_grad=True)
+    out = perturb(images, none, normalise=MEAN_STD, impl=impl)
+    assert torch.equal(out, perturb(images, normalise=MEAN_STD, impl=impl))
+    out.sum().backward()
+    assert images.grad.isfinite().all()
 
 
 def test_the_gradient_passes_at_the_bounds_themselves(impl: str):

@@ -542,6 +542,9 @@ def test_without_clean_weights_an_adversary_reads_none(
     monkeypatch.setattr(adversary_module.inputs, "clean_weights", lambda config: pytest.fail("clean weights read"))
     run = adversary(ADVERSARY.replace(normal=normal), victim)
     assert set(paths.read_json(run.file("config.json"))["inputs"]) == {"victim", "pairs"}
+    found = run.file("perturbation.safetensors").read_bytes()
+    again = adversary(ADVERSARY.replace(normal=normal), victim, clean=stand_in / "base.safetensors", force=True)
+    assert again.folder == run.folder and again.file("perturbation.safetensors").read_bytes() == found
     if normal == "fine-tuned":
         stand_in_weights = load_file(run.file("normal.safetensors"))
         own = load_file(victim)

@@ -56,7 +56,7 @@ def perturb(
     dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     if normalise is not None and not len(normalise[0]) == len(normalise[1]) == channels:
         raise ValueError(f"perturb: mean and standard deviation of {channels} channels expected")
-    if patterns is None:
+    if patterns is None or not len(patterns):
         patterns = images.new_empty((0, channels, 1, 1), dtype=torch.float32)
     count, _, h, w = patterns.shape
     if patterns.shape[1] != channels or h > height or w > width:
@@ -233,7 +233,8 @@ def _run_backward(
         of_images = of_images.div_(deviation).to(images.dtype, memory_format=layout(images))
     if needed[1]:
         # One pattern after the other, in a fixed order: index_add has none on a GPU.
-        taken = [through] if len(keep) == 1 else [through[places[0] == i] for i in range(len(patterns))]
+        alike = len(patterns) == 1 and not places[0].any()
+        taken = [through] if alike else [through[places[0] == i] for i in range(len(patterns))]
         of_patterns = torch.stack([weight * part.sum(0) for weight, part in zip(weights[1], taken, strict=True)])
         of_patterns = (of_patterns.permute(0, 3, 1, 2) if last else of_patterns) / deviation
         of_patterns = of_patterns.contiguous()
