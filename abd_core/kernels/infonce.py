@@ -13,6 +13,7 @@ import torch
 from abd_core.kernels.dispatch import choose
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
+MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 
 
 def info_nce(
@@ -42,7 +43,8 @@ def info_nce(
         weights: of the direction from queries to keys, and of the one from keys to queries.
         positives: (B, D); their products with the queries take the place of l_it(i). None: the keys themselves.
         offset: 0 <= offset <= N - B; not 0 where the keys of other ranks come first.
-        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
+        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed, but for large products of
+            float32 without TF32.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 features).
@@ -56,7 +58,7 @@ def info_nce(
         dtype = torch.get_autocast_dtype(kind)
         queries, keys = queries.to(dtype), keys.to(dtype)
         positives = None if positives is None else positives.to(dtype)
-    impl = choose(impl, queries)
+    choose(impl, queries)  # refuses what there is not
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     if isinstance(scale, torch.Tensor):
@@ -100,6 +102,14 @@ def _check(
         raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
 
 
+def library_is_faster(dtype: torch.dtype, logits: int) -> bool:
+    """Whether a GPU's matrix library beats a kernel's own products of features of this dtype.
+
+    It does in float32 without TF32, for which there are no tensor cores (`benchmarks/infonce.py`).
+    """
+    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and logits >= MANY
+
+
 # --- the operator -----------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +128,9 @@ def _run(
 
     To be right, the gradient of the scale is to be divided by B, the others are to be multiplied by scale / B.
     """
-    if impl == "triton":
+    if impl == "auto" and library_is_faster(queries.dtype, len(queries) * len(keys)):
+        impl = "torch"
+    if choose(impl, queries) == "triton":
         from abd_core.kernels.infonce_triton import forward  # not installed everywhere
     else:
         forward = _forward
