@@ -280,8 +280,9 @@ compared.unstack("defence").reindex([name for name in attacks if name in compare
 #
 # The first table is what the code of each defence asks for, and how many of the benchmark's pairs that is at the default share. The times
 # are wall times of one run of the defence (for *none*: of the attacker's fine-tuning); ABD-D's search is part of its run, and what ABD's and
-# *UAP + T*'s search for a perturbation takes (chapter 2) comes on top. The runs of a grid share the machine with one another and with
-# whatever else it does, so these times are rather too long, and unevenly; chapter 7 has steps that were timed side by side.
+# *UAP + T*'s search for a perturbation takes (chapter 2) comes on top. The runs of a grid share the machine, and not all are of the same code, so the
+# times are of runs that were made for that: on *BadNet*, one after the other, with all cores and nothing beside them (`data/results/costs.csv`).
+# Chapter 7 has steps that were timed side by side. A table of your own is shown with its own times.
 
 # %%
 kinds = {kind.title: kind for kind in DEFENCES.values() if kind.title in defences}
@@ -299,11 +300,12 @@ pd.DataFrame(
 ).T
 
 # %%
-timed = [*defences, "I + T", "UAP + T"]
-plots.cost_table(pd.concat([grid, again]), timed)
+costs = grid if config.results else read_results(data_dir() / "results" / "costs.csv")
+timed = [name for name in (*defences, "I + T", "UAP + T") if name in set(costs["defence"])]
+plots.cost_table(costs, timed)
 
 # %% mystnb={"figure": {"caption": "Wall time of single runs. The paper names 14 A100-hours for its defence."}, "image": {"alt": "Dots of wall times on a logarithmic axis, a row a defence"}}
-plots.costs(pd.concat([grid, again]), timed, title="Wall time of one run");
+plots.costs(costs, timed, title="Wall time of one run");
 
 # %% [markdown]
 # What ABD's search takes is no row of that table. The benchmarks have timed its step, on batches that are larger than its own; as many such
@@ -336,8 +338,9 @@ plots.bullets(claims(tested.sort_values("verdict", kind="stable")))
 #
 # - **The share of poison is far larger than the paper's 0.3 %.** What makes a backdoor is how often the model sees poisoned pairs; with a few
 #   thousand pairs in all, the same number of exposures is a large share of them. No statement about small shares can be tested here.
-# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images, and most
-#   defences bring but a part of them back ([chapter 6](06_similarity)). One class in a hundred hardly moves CA, and is in no ASR.
+# - **The target's name is nearly all poison.** So few clean pairs have it that victims no longer know the target's own clean images. Of the
+#   defences that [chapter 6](06_similarity) follows, some bring a part of them back and some next to nothing. One class in a hundred hardly moves
+#   CA, and is in no ASR.
 # - **The attack is short, and so is forgetting it.** A backdoor learnt in a few hundred steps at a high learning rate may go in a few
 #   hundred more, whatever they train on. If so, plain fine-tuning stands better here than at the paper's scale; that is a conjecture, which
 #   no row of the table tests.

@@ -84,7 +84,8 @@ print("largest error of a column:", (columns - logits.logsumexp(0)).abs().max().
 # `info_nce` in Triton makes a tile with the tensor cores, in float32 registers, whatever the features' precision. A first kernel writes each tile's
 # row and column sums, and they are put together in a fixed order: no atomics, so the same inputs give the same bits. A second one
 # makes the tile again, turns it into $p$, and writes it in the features' precision into a buffer of some rows, from which the matrix library makes $P k$
-# and $P^\top q$. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same. A
+# and $P^\top q$. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same. In float32 there
+# are no tensor cores without TF32, and the matrix library alone is faster than the kernel: large batches go there unless the kernel is asked for. A
 # backward pass all in one kernel, which would not write $p$ at all, has not been built and so not been compared.
 #
 # One function serves all losses of the book: weights for the two directions, positives that come from elsewhere (Eq. (2) with the clean
@@ -206,9 +207,8 @@ for device, part in measured.groupby("device", sort=False):
         print(f"{device}: {benchmark}: {missing}" if missing else f"{device}: {benchmark}: complete")
 
 # %% [markdown]
-# The H200's figures of perturbing (run `2b77b37`) are of a kernel before today's: where a pattern covers the images, it takes two of them together, and
-# not one after the other. It has been slower than with one image a program; of today's *additive, forward* there is no figure. The H200's rows of InfoNCE
-# by *abd_core torch* are of earlier code.
+# The H200's rows of InfoNCE from 65,536 on are of an earlier run, which timed no backward pass alone. memeff's kernel does not fit this GPU in float32 at
+# $D = 1024$, so it has no rows of that.
 #
 # ### By the clock
 
@@ -308,7 +308,9 @@ for what, asked, chosen, column in bars:
 pd.DataFrame(reached).T
 
 # %% [markdown]
-# By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; in the GPU's own time it is.
+# By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; of twenty in a row, and in the GPU's own time, it
+# is. Its share of the bandwidth varies by a point or two from run to run, about the bar of 85; the bar's copy is of 256 MiB, in which a kernel's start and
+# end count for less than in a batch of 110, and the copy of the places to the GPU is counted as its own.
 # At most batches memeff's loss alone, without gradients, is the faster one, and it needs less memory at large ones; it has no gradient for the scale, and
 # with gradients it takes longer. Per batch:
 
