@@ -315,10 +315,10 @@ class Job:
             parameters = stage_parameters(papermill.inspect_notebook(source), **configs)
             papermill.execute_notebook(source, target, parameters, progress_bar=False)
         except Exception as error:  # of many kinds: the notebook's own, a dead kernel, a full disk
-            text = f"{type(error).__name__}: {error}"
+            text = _line(error)
             if isinstance(error, PapermillExecutionError):
-                text = f"{error.ename}: {error.evalue}"
-            raise JobError(f"{text.splitlines()[0]} ({shown(target)})") from error
+                text = f"{error.ename}: {error.evalue}".splitlines()[0]
+            raise JobError(f"{text} ({shown(target)})") from error
 
     def call(self) -> None:
         """Run its stage in this process, without a notebook.
@@ -329,7 +329,7 @@ class Job:
         try:
             self.collect()
         except Exception as error:  # of many kinds, as in `execute`
-            raise JobError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+            raise JobError(_line(error)) from None
 
     def runs(self) -> dict[str, Run]:
         """The runs of its stages, by stage, upstream first: loaded, or made where they are not there."""
@@ -364,6 +364,11 @@ class JobError(AbdError):
 
 
 DIED = "a process died, perhaps for want of memory; what is done is kept: start again, with fewer --processes"
+
+
+def _line(error: Exception) -> str:
+    """Its kind and the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def folder() -> Path:
@@ -585,7 +590,7 @@ def _made(call: Callable[[], Any]) -> Any | AbdError:
     except BrokenProcessPool:
         raise JobError(DIED) from None
     except Exception as error:  # of many kinds, as in `Job.execute`
-        return JobError(f"{type(error).__name__}: {error}".splitlines()[0])
+        return JobError(_line(error))
 
 
 def command(main: Callable[[], int]) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/infonce.py
 
 On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out,
-and so is, with its reason, what fails on a case. "backward" is what comes after the loss is there: `info_nce` has made
-its gradients by then, and only scales them.
+and so are they, with the reason, on a case that they fail on. "backward" is what comes after the loss is there:
+`info_nce` has made its gradients by then, and only scales them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if ON.type == "cpu":
 else:
     SIZES = {torch.bfloat16: (128, 1024, 4096, 8192, 32768, 65536, 131072), torch.float32: (128, 4096, 8192)}
 LARGEST = {"open_clip": 65536, "open_clip compiled": 65536, "inf-cl": 8192, "abd_core torch": 8192}  # tried
+OTHERS = {"memeff*", "inf-cl"}  # kernels that are not for every case
 DIM = 256 if ON.type == "cpu" else 1024
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -78,11 +79,12 @@ def main() -> None:
                 backward(loss(*leaves))
 
             tried = {n: loss for n, loss in losses().items() if size <= LARGEST.get(n, size)}
-            for other in [n for n in tried if not n.startswith("abd_core")]:
+            for other in OTHERS & tried.keys():
                 try:
                     both(tried[other])
-                except Exception as error:  # of a kernel's own kind: no such precision, too little shared memory
-                    print(f"{case}: {other} fails and is left out: {str(error).partition(chr(10))[0]}", flush=True)
+                except Exception as error:  # of their own kinds: no such precision, too little shared memory
+                    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                    print(f"{case}: {other} fails and is left out: {reason}", flush=True)
                     del tried[other]
             made = {n: lambda loss=loss, leaves=leaves: loss(*leaves) for n, loss in tried.items()}
             taken = seconds(dict.fromkeys(tried, backward), repeats=repeats, given=made)

@@ -817,3 +817,16 @@ def test_the_loss_of_a_batch_reaches_the_weights(victim: Path, fp32: None):
         gradient = parameter.grad.flatten()
         strong = gradient.abs() > 1e-4  # Adam's first step is lr against the gradient's sign
         torch.testing.assert_close(step[strong], -1e-3 * gradient[strong].sign(), rtol=0.05, atol=1e-5)
+
+
+@pytest.mark.parametrize(("processes", "pairs", "batch"), [(1, 100, 64), (1, 40, 40), (3, 100, 63), (4, 100, 64)])
+def test_the_batch_of_the_fine_tuned_stand_in_is_shared_out_evenly(
+    processes: int, pairs: int, batch: int, stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen = []
+    monkeypatch.setattr(defences.FineTuning, "defend", lambda self, model, folder: seen.append(self.config.batch_size))
+    monkeypatch.setattr(models, "save", lambda model, path: None)
+    monkeypatch.setattr(defences.ranks, "world", lambda: processes)
+    monkeypatch.setattr(defences.ranks, "agreed", bool)  # there is no group to ask
+    defences.fine_tuned(models.load(stand_in / "victim.safetensors"), load_pairs(pairs), tmp_path, seed=0)
+    assert seen == [batch]
