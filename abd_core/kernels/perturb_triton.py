@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from abd_core.kernels.perturb import layout
 
 GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
-TOGETHER = 2  # images a program that patterns cover: from L2, a pattern's float32 are four times an image's bytes
+REGISTERS = {} if torch.version.hip else {"maxnreg": 48}  # a thread: few, so that many wait for memory at once
 PROGRAMS = 1024  # that share a gradient of the patterns, about
 
 
@@ -78,22 +78,30 @@ def _load(image, group, AREA: tl.constexpr, LAST: tl.constexpr):
 
 
 @triton.jit
-def _store(image, group, red, green, blue, AREA: tl.constexpr, LAST: tl.constexpr):
-    """The counterpart of `_load`."""
-    eight = tl.arange(0, 8)[None, :]
+def _store(image, block, red, green, blue, AREA: tl.constexpr, LAST: tl.constexpr, GROUPS: tl.constexpr):
+    """The counterpart of `_load`, for a block of pixels."""
     kind: tl.constexpr = image.dtype.element_ty
     if LAST:
         r0, r1, r2, r3, r4, r5, r6, r7 = _apart(red)
         g0, g1, g2, g3, g4, g5, g6, g7 = _apart(green)
         b0, b1, b2, b3, b4, b5, b6, b7 = _apart(blue)
-        at = 24 * group[:, None] + eight
-        tl.store(image + at, _together(r0, g0, b0, r1, g1, b1, r2, g2).to(kind), mask=at < 3 * AREA)
-        at += 8
-        tl.store(image + at, _together(b2, r3, g3, b3, r4, g4, b4, r5).to(kind), mask=at < 3 * AREA)
-        at += 8
-        tl.store(image + at, _together(g5, b5, r6, g6, b6, r7, g7, b7).to(kind), mask=at < 3 * AREA)
+        u = tl.reshape(_together(r0, g0, b0, r1, g1, b1, r2, g2), (GROUPS // 2, 2, 8))
+        v = tl.reshape(_together(b2, r3, g3, b3, r4, g4, b4, r5), (GROUPS // 2, 2, 8))
+        w = tl.reshape(_together(g5, b5, r6, g6, b6, r7, g7, b7), (GROUPS // 2, 2, 8))
+        # Memory takes 32 bytes at a time, two vectors of halves. Two threads' six vectors u v w u v w are written as
+        # uv, wu, vw, so that each write fills what it touches: for this, the two exchange v.
+        bits = v.to(tl.int32, bitcast=True)
+        v = (tl.sum(bits, 1, keep_dims=True) - bits).to(tl.float32, bitcast=True)
+        first = tl.arange(0, 2)[None, :, None] == 0
+        at = 24 * GROUPS * block + 48 * tl.arange(0, GROUPS // 2)[:, None] + tl.arange(0, 16)[None, :]
+        uv = tl.reshape(tl.where(first, u, v).to(kind), (GROUPS // 2, 16))
+        wu = tl.reshape(tl.where(first, w, u).to(kind), (GROUPS // 2, 16))
+        vw = tl.reshape(tl.where(first, v, w).to(kind), (GROUPS // 2, 16))
+        tl.store(image + at, uv, mask=at < 3 * AREA)
+        tl.store(image + at + 16, wu, mask=at + 16 < 3 * AREA)
+        tl.store(image + at + 32, vw, mask=at + 32 < 3 * AREA)
     else:
-        at = 8 * group[:, None] + eight
+        at = 8 * (GROUPS * block + tl.arange(0, GROUPS))[:, None] + tl.arange(0, 8)[None, :]
         tl.store(image + at, red.to(kind), mask=at < AREA)
         tl.store(image + AREA + at, green.to(kind), mask=at < AREA)
         tl.store(image + 2 * AREA + at, blue.to(kind), mask=at < AREA)
@@ -140,14 +148,19 @@ def _paint(
     begin = block * GROUPS * 8
     end = begin + GROUPS * 8 - 1
     if (choice >= 0) & (end // WIDTH >= top) & (begin // WIDTH < top + h):  # few blocks meet a window
-        at = begin + 8 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 8)[None, :]
+        eight = tl.arange(0, 8)[None, :]
+        at = begin + 8 * tl.arange(0, GROUPS)[:, None]
+        if WIDTH % 8 > 0:  # eight neighbours may be of two rows; else one address serves them all
+            at = at + eight
+            eight = 0 * eight
         y = at // WIDTH - top
         x = at % WIDTH - left
-        inside = (at < AREA) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+        own = patterns + choice.to(tl.int64) * 3 * h * w + (y * w + x) + eight
+        x = x + eight
+        inside = (at + eight < AREA) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
         share = tl.where(inside, tl.load(weights + choice), 1.0)
         gain = tl.load(weights + count + choice)
         size = h * w
-        own = patterns + choice.to(tl.int64) * 3 * size + (y * w + x)
         red = share * red + gain * tl.load(own, mask=inside, other=0.0)
         green = share * green + gain * tl.load(own + size, mask=inside, other=0.0)
         blue = share * blue + gain * tl.load(own + 2 * size, mask=inside, other=0.0)
@@ -158,17 +171,6 @@ def _paint(
 def _normalised(value, MEAN: tl.constexpr, FACTOR: tl.constexpr):
     """Clamped and normalised."""
     return tl.minimum(tl.maximum(value, 0.0), 1.0) * FACTOR - MEAN * FACTOR
-
-
-@triton.jit
-def _finish(
-    image, group, red, green, blue, MEAN: tl.constexpr, FACTOR: tl.constexpr, AREA: tl.constexpr, LAST: tl.constexpr
-):
-    """Clamped, normalised and written."""
-    red = _normalised(red, MEAN[0], FACTOR[0])
-    green = _normalised(green, MEAN[1], FACTOR[1])
-    blue = _normalised(blue, MEAN[2], FACTOR[2])
-    _store(image, group, red, green, blue, AREA, LAST)
 
 
 @triton.jit
@@ -192,32 +194,25 @@ def _forward_kernel(
     OUT_LAST: tl.constexpr,
     UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
     GROUPS: tl.constexpr,
-    TOGETHER: tl.constexpr,
 ):
-    turn, block = _block(AREA, GROUPS)
+    sample, block = _block(AREA, GROUPS)
+    image = sample.to(tl.int64) * 3 * AREA
     group = block * GROUPS + tl.arange(0, GROUPS)
+    red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
     if PAINT and WHOLE:
-        first = turn * TOGETHER
-        held = tl.load(places + first)
-        more_red, more_green, more_blue, share = _field(held, group, patterns, weights, count, AREA, UNIT)
-        for i in tl.range(0, tl.minimum(TOGETHER, batch - first)):
-            image = (first + i).to(tl.int64) * 3 * AREA
-            red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
-            choice = tl.load(places + first + i)
-            if choice != held:
-                more_red, more_green, more_blue, share = _field(choice, group, patterns, weights, count, AREA, UNIT)
-                held = choice
-            red, green, blue = share * red + more_red, share * green + more_green, share * blue + more_blue
-            _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
+        choice = tl.load(places + sample)
+        more_red, more_green, more_blue, share = _field(choice, group, patterns, weights, count, AREA, UNIT)
+        red, green, blue = share * red + more_red, share * green + more_green, share * blue + more_blue
     else:
-        image = turn.to(tl.int64) * 3 * AREA
-        red, green, blue = _load(images + image, group, AREA, IMAGES_LAST)
         red, green, blue = UNIT * red, UNIT * green, UNIT * blue
         if PAINT:
             red, green, blue, _ = _paint(
-                red, green, blue, turn, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
+                red, green, blue, sample, block, patterns, places, weights, batch, count, h, w, AREA, WIDTH, GROUPS
             )
-        _finish(out + image, group, red, green, blue, MEAN, FACTOR, AREA, OUT_LAST)
+    red = _normalised(red, MEAN[0], FACTOR[0])
+    green = _normalised(green, MEAN[1], FACTOR[1])
+    blue = _normalised(blue, MEAN[2], FACTOR[2])
+    _store(out + image, block, red, green, blue, AREA, OUT_LAST, GROUPS)
 
 
 @triton.jit
@@ -264,7 +259,7 @@ def _images_kernel(
     of_red = _passed(of_red, red, share, FACTOR[0])
     of_green = _passed(of_green, green, share, FACTOR[1])
     of_blue = _passed(of_blue, blue, share, FACTOR[2])
-    _store(out + image, group, of_red, of_green, of_blue, AREA, IMAGES_LAST)
+    _store(out + image, block, of_red, of_green, of_blue, AREA, IMAGES_LAST, GROUPS)
 
 
 @triton.jit
@@ -378,8 +373,7 @@ def forward(
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
     whole, paint = patterns.shape[2:] == images.shape[2:], len(patterns) > 0
-    turns = triton.cdiv(batch, TOGETHER) if whole and paint else batch
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * turns,)](
+    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
         source,
         patterns.contiguous(),
         places,
@@ -398,8 +392,8 @@ def forward(
         OUT_LAST=channels_last,
         UNIT=_unit(images),
         GROUPS=GROUPS,
-        TOGETHER=TOGETHER,
         num_warps=NUM_WARPS,
+        **REGISTERS,
     )
     return out
 
