@@ -105,8 +105,9 @@ for function in (info_nce, perturb):
 # $x' = (\mathrm{clamp}(a x + b \, \delta) - \mu) / \sigma$, where $(a, b)$ is $(0, 1)$ for a patch, $(1, 1)$ for an addition and
 # $(1 - \alpha, \alpha)$ for a blend, and the pattern $\delta$ and its place are each image's own. Backward, the gradient of a pattern
 # is a sum over the batch: each program takes some of the pattern's pixels and some of the batch, and the partial sums are added in their order.
-# Forward, where a pattern covers the images, a program takes two of them, one after the other, and keeps the pattern's pixels: in float32 they are four
-# times the bytes of an image, and to fetch them for each image anew makes the L2 cache the limit.
+# Forward, what counts is how results are written. A thread has eight pixels, which with channels last are three vectors of 16 bytes side by side, while
+# memory takes 32 bytes at a time: each vector on its own would be half of that, and the L2 cache puts the halves together. So two neighbours exchange a
+# vector, and each write fills what it touches.
 #
 # The stages do not use all of it at once. They need perturbed images in $[0, 1]$ too, for other losses and to be shown: a perturbation is put on
 # in one call, in floats, and normalised and cast in another one, on the way into the encoder. The measurements are of both in one pass.
@@ -207,8 +208,8 @@ for device, part in measured.groupby("device", sort=False):
         print(f"{device}: {benchmark}: {missing}" if missing else f"{device}: {benchmark}: complete")
 
 # %% [markdown]
-# The H200's rows of InfoNCE from 65,536 on are of an earlier run, which timed no backward pass alone. memeff's kernel does not fit this GPU in float32 at
-# $D = 1024$, so it has no rows of that.
+# The H200's rows of InfoNCE from 65,536 on are of a run of their own. memeff's kernel does not fit this GPU in float32 at $D = 1024$, so it has no rows
+# of that.
 #
 # ### By the clock
 
@@ -307,8 +308,8 @@ pd.DataFrame(reached).T
 
 # %% [markdown]
 # By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; of twenty in a row, and in the GPU's own time, it
-# is. Its share of the bandwidth varies by a point or two from run to run, about the bar of 85; the bar's copy is of 256 MiB, in which a kernel's start and
-# end count for less than in a batch of 110, and the copy of the places to the GPU is counted as its own.
+# is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
+# than in a batch of 110, and a patch's share counts the copy of its places to the GPU.
 # At most batches memeff's loss alone, without gradients, is the faster one, and it needs less memory at large ones; it has no gradient for the scale, and
 # with gradients it takes longer. Per batch:
 
@@ -376,7 +377,7 @@ table if len(table) else "not measured yet on any device"
 figures = steps.pivot_table(index=["device", "case", "variant"], columns="metric", values="value")
 pays = {}
 for device, case, variant in figures.index:
-    if variant == "ft, compiled":
+    if variant == "ft, compiled" and figures.loc[device, case, variant].notna()["step"]:
         own, plain = figures.loc[device, case, variant], figures.loc[device, case, variant.removesuffix(", compiled")]
         saved, spent = (plain["step"] - own["step"]) / 1e3, own["first run"] - plain["first run"]  # seconds
         pays[device] = {

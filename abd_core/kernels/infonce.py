@@ -68,7 +68,9 @@ def info_nce(
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
-    return _op(*given)[0] if torch.compiler.is_compiling() else _eager(*given)
+    if torch.compiler.is_compiling():
+        return _op(*given)[0]
+    return _eager(*given) if grads else _run(*given)[0]
 
 
 def _check(
