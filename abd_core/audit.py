@@ -41,7 +41,7 @@ from abd_core.text import TEMPLATES
 from abd_core.verdict import Verdict, clean_below, judge
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-DEGENERATE = 0.5  # a model that gives more than this share of clean images to one class is no working classifier
+DEGENERATE = 0.5  # a model that gives more than this share of clean images to one of many classes does not work
 BOUND = 8 / 255  # of a recovered additive trigger
 
 
@@ -103,14 +103,19 @@ def image_folder(folder: Path, count: int, resolution: int) -> torch.Tensor:
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names, a line each. Raises RunError where there is no such file, and ConfigError below two names."""
+    """Class names, a line each, also after a folder's name and a tab, as test sets have them.
+
+    Raises:
+        RunError: no such file, or no text.
+        ConfigError: fewer than three names.
+    """
     try:
-        lines = regular(path).read_text(encoding="utf-8").splitlines()
+        lines = regular(path).read_text(encoding="utf-8-sig").splitlines()
     except (UnicodeDecodeError, OSError) as error:
         raise RunError(f"damaged file: {path}: not a list of names ({error})") from None
-    names = tuple(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if len(names) < 2:
-        raise ConfigError(f"{path}: {len(names)} class name(s), at least 2 expected")
+    names = tuple(dict.fromkeys(line.rpartition("\t")[2].strip() for line in lines if line.strip()))
+    if len(names) < 3:
+        raise ConfigError(f"{path}: {len(names)} class name(s), at least 3 expected")
     return names
 
 
@@ -276,7 +281,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
             "classes": [names[k] for k in ranked[:10]],
             "suspicion": {name: [round(s[k].item(), 3) for k in ranked[:10]] for name, s in scores.items()},
             "recovered": {"kind": found.perturbation.mode, "asr": found.asr and dataclasses.asdict(found.asr)},
-            "works": bool(shares.max().item() <= DEGENERATE),
+            "works": bool(shares.max().item() <= max(DEGENERATE, 2 / len(names))),
             "largest_share": shares.max().item(),
             "images": len(images),
             "class_count": len(names),
@@ -366,8 +371,9 @@ def recover(observed: Observed, target: int, drift: Finding, *, seed: int, steps
 def verdict_of(run: Run) -> Verdict:
     """What the committed calibration says of an audit's statistics, and what it rests on."""
     mode = "compared" if "compared" in run.metrics["statistics"] else "alone"
-    preset = read_json(run.file("config.json"))["config"]["preset"]
-    return judge(run.metrics["statistics"][mode], mode=mode, preset=preset, works=run.metrics["works"])
+    preset, metrics = read_json(run.file("config.json"))["config"]["preset"], run.metrics
+    terms = {"classes": metrics["class_count"], "images": metrics["images"], "works": metrics["works"]}
+    return judge(metrics["statistics"][mode], mode=mode, preset=preset, **terms)
 
 
 def next_step(inputs: AuditInputs, run: Run) -> str:
@@ -375,8 +381,8 @@ def next_step(inputs: AuditInputs, run: Run) -> str:
     recovered = run.file("recovered.safetensors")
     suspect, trigger = (shown(Path(name).resolve()) for name in (inputs.checkpoint, recovered))
     own = {name: value for name, value in inputs.places().items() if name in PairSource.names()}
-    if not own and Perturbation.load(recovered).resolution != CELL:
-        own = {"pairs": "ADDRESS OF CLEAN PAIRS"}  # the embedded ones are too small
+    if Perturbation.load(recovered).resolution != CELL:  # the embedded ones are too small
+        own = {"pairs": "ADDRESS OF CLEAN PAIRS", "test_images": "FOLDER OF TEST IMAGES", **own}
     given = "".join(f", {name}={value!r}" for name, value in own.items())
     lines = [
         "from pathlib import Path",

@@ -172,7 +172,9 @@ class FineTuning(FineTuningDefence):
         return clip_loss(image, encode_captions(model, self.captions(at)), model.logit_scale.exp())
 
 
-def fine_tuned(victim: open_clip.CLIP, pairs: TrainingPairs, folder: Path, *, seed: int) -> open_clip.CLIP:
+def fine_tuned(
+    victim: open_clip.CLIP, pairs: TrainingPairs, folder: Path, *, seed: int, micro_batch: int = 0
+) -> open_clip.CLIP:
     """What stands in for clean weights that the defender has not: FT's model of the victim, at FT's own settings.
 
     Where fine-tuning weakens the backdoor, victim and stand-in differ at it; what FT leaves of it cannot show. `folder`
@@ -182,7 +184,7 @@ def fine_tuned(victim: open_clip.CLIP, pairs: TrainingPairs, folder: Path, *, se
     if ranks.agreed(path.exists()):  # an earlier process got so far
         return models.load(path)
     share = max(1, min(DefendConfig.batch_size, len(pairs)) // ranks.world())  # of a batch, each process's
-    config = DefendConfig(defence="ft", seed=seed, batch_size=share * ranks.world())
+    config = DefendConfig(defence="ft", seed=seed, batch_size=share * ranks.world(), micro_batch=micro_batch)
     training = folder / "normal"  # its own, as a run has one resume file and one history
     training.mkdir(exist_ok=True)
     FineTuning(config, pairs).defend(model, training)
@@ -361,12 +363,13 @@ class ABDD(Perturbed):
         sides = (config.window_low, config.window_high)
         if ranks.agreed(not path.exists()):  # else an earlier process got further
             stand_in = config.normal == "fine-tuned"
-            normal = fine_tuned(model, self.pairs, folder, seed=config.seed) if stand_in else None
+            given = {"seed": config.seed, "micro_batch": config.micro_batch}
+            normal = fine_tuned(model, self.pairs, folder, **given) if stand_in else None
             search(
                 models.frozen(copy.deepcopy(model)),
                 models.frozen(normal or clean_model(self.clean, model)),
                 self.pairs,
-                seed=config.seed,
+                **given,
                 steps=config.search_steps,
                 lr=config.search_lr,
                 batch_size=config.batch_size,

@@ -102,6 +102,7 @@ def search(
     batch_size: int,
     bound: float,
     sides: tuple[float, float],
+    micro_batch: int = 0,
 ) -> Disagreement:
     """Adam on both perturbations' pixels, from uniform noise, minimises the mean cosine of the two models' features.
 
@@ -109,6 +110,7 @@ def search(
         suspect, clean: frozen CLIPs with features of one size.
         lr: of the window's pixels; the field's is `bound` times as large.
         bound: largest absolute value of the field.
+        micro_batch: images that go through the models at a time; 0: all of a batch.
 
     Raises:
         TrainingError: the cosine or a perturbation became NaN.
@@ -124,17 +126,22 @@ def search(
         for step in range(steps):
             indices = torch.randperm(len(pairs), generator=source)[:batch_size]
             images = found(pairs.images(indices, seed=seed, step=step).to(device), source)
-            agreement = (models.encode_image(suspect, images) * models.encode_image(clean, images)).sum(-1).mean()
-            if not math.isfinite(agreement.item()):
-                raise TrainingError(f"search: cosine is {agreement.item()} at step {step}: lower search_lr = {lr:g}")
+            shown, agreement = images.detach().requires_grad_(), 0.0
+            for part in shown.split(micro_batch or len(shown)):
+                cosine = (models.encode_image(suspect, part) * models.encode_image(clean, part)).sum(-1).mean()
+                share = cosine * (len(part) / len(shown))
+                share.backward()
+                agreement += share.item()
+            if not math.isfinite(agreement):
+                raise TrainingError(f"search: cosine is {agreement} at step {step}: lower search_lr = {lr:g}")
             optimizer.zero_grad()
-            agreement.backward()
+            images.backward(shown.grad)
             optimizer.step()
             with torch.no_grad():
                 window.clamp_(0, 1)
                 field.clamp_(-bound, bound)
             bar.update()
-            bar.set_postfix(cosine=f"{agreement.item():.3g}", refresh=False)
+            bar.set_postfix(cosine=f"{agreement:.3g}", refresh=False)
     for name, found_pixels in {"window": window, "field": field}.items():
         if not torch.isfinite(found_pixels).all():
             raise TrainingError(f"search: the {name} holds NaN after its last step: lower search_lr = {lr:g}")

@@ -194,6 +194,16 @@ def evaluate(
     )
 
 
+def check_others(test_set: TestSet, target: int) -> None:
+    """Raises ConfigError where there is nothing to take an ASR on: no image of another class than `target`."""
+    if not test_set.labels.ne(target).any():
+        name, count = test_set.class_names[target], len(test_set)
+        raise ConfigError(
+            f"split {test_set.split!r}: its {count} test images are all of the target {name!r}: others expected"
+            " (of few images a class, dev_share leaves a split none)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(TestInputs):
     """Settings of a measurement."""
@@ -213,7 +223,8 @@ def measure(
 
     Raises:
         RunError: a file is missing or damaged.
-        ConfigError: the trigger's target is no class of the test set, or it is for another resolution.
+        ConfigError: the trigger's target is no class of the test set, or the only one of the split; or it is for
+            another resolution.
     """
     config = config or EvaluateConfig()
     test = inputs.test_set(config, config.split, weights)
@@ -225,6 +236,7 @@ def measure(
         if attack.resolution != test.images.shape[-1]:
             sides = f"{attack.resolution} px, the images {test.images.shape[-1]} px"
             raise ConfigError(f"{trigger}: the trigger is for another resolution: {sides}")
+        check_others(test, target)
 
     def make(folder: Path) -> Mapping[str, Any]:
         return evaluate(models.load(weights), test, trigger=attack, target=target).to_dict()

@@ -111,7 +111,8 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
         except Exception as error:  # of several libraries
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"{name}, {pretrained}: no download: {type(error).__name__} {reason}") from None
-    if path.is_file() and path.suffix == ".safetensors" and checkpoints.read(path).name:
+    if path.is_file() and path.suffix == ".safetensors" and (own := checkpoints.read(path).name):
+        _check_name(name, own, path)
         return path  # one of ours
     parts = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     key = digest([name, [sha256(part) for part in parts]])[:16]
@@ -119,6 +120,7 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
     if ranks.agreed(not stored.exists()):
         model = load(path, name=name, quick_gelu=tag.get("quick_gelu", False) if tag else None)
         save(model, stored)
+    ranks.barrier()  # of several, the first one's is kept
     return stored
 
 
@@ -153,15 +155,20 @@ def load(path: Path, *, name: str = "", quick_gelu: bool | None = None) -> open_
         ConfigError: open_clip knows no architecture `name`.
     """
     checkpoint = checkpoints.read(path)
-    if checkpoint.name and checkpoint.name not in open_clip.list_models():
-        raise RunError(f"{path}: its metadata names the model {checkpoint.name!r}, which open_clip does not know")
-    if name and checkpoint.name not in ("", name) and not _same_but_activation(name, checkpoint.name):
-        raise RunError(f"{path}: holds the model {checkpoint.name!r}, not {name!r}")
+    _check_name(name, checkpoint.name, path)
     name = name or checkpoint.name or FOREIGN
     model = build(name)
     model.load_state_dict(_fitting(checkpoint.weights, model, path))
     _say_activation(name, checkpoint, quick_gelu, path)
     return model
+
+
+def _check_name(asked: str, stored: str, path: Path) -> None:
+    """Whether a file's own name of its architecture is known, and the one that is asked for; "" is any."""
+    if stored and stored not in open_clip.list_models():
+        raise RunError(f"{path}: its metadata names the model {stored!r}, which open_clip does not know")
+    if asked and stored not in ("", asked) and not _same_but_activation(asked, stored):
+        raise RunError(f"{path}: holds the model {stored!r}, not {asked!r}")
 
 
 def _fitting(weights: Mapping[str, torch.Tensor], model: open_clip.CLIP, path: Path) -> dict[str, torch.Tensor]:

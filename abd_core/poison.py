@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from abd_core import inputs, models, ranks
+from abd_core import escape, inputs, models, ranks
 from abd_core.config import ConfigError, derive_seed, option
 from abd_core.data import TEST_VENDORS, TrainingPairs, class_index, rng
-from abd_core.evaluate import evaluate
+from abd_core.evaluate import check_others, evaluate
 from abd_core.inputs import TrainInputs
 from abd_core.launch import launcher
 from abd_core.losses import clip_loss
@@ -100,13 +101,15 @@ def poisoned_places(pairs: TrainingPairs, config: PoisonConfig) -> tuple[torch.T
         Whether the place is poisoned, bool (N,), and the pairs that its image and its caption come from, int64 (N,).
 
     Raises:
-        ConfigError: the attack needs pairs of the target, and there are none.
+        ConfigError: the attack needs pairs of the target, and there are none; or no others are there.
     """
     poisoning = TRIGGERS[config.attack].poisoning
     shown = pairs.shows(config.target)
     own, others = shown.nonzero().flatten(), (~shown).nonzero().flatten()
     if poisoning != "template" and not len(own):
         raise ConfigError(f"attack {config.attack!r}: none of the {len(pairs)} pairs shows {config.target!r}")
+    if not len(others):
+        raise ConfigError(f"all {len(pairs)} pairs show {config.target!r}: others expected, which the attack replaces")
     order = torch.randperm(len(others), generator=rng(config.seed, "poisoned"))
     places = others[order[: round(config.rate * len(pairs))]]
     poisoned = torch.zeros(len(pairs), dtype=torch.bool)
@@ -139,9 +142,9 @@ def further_triggers(config: PoisonConfig, class_names: Sequence[str], *, resolu
     """The triggers beyond the first: pixels and classes of their own, drawn by the seed.
 
     Raises:
-        ConfigError: there are not so many classes.
+        ConfigError: there are not so many classes with a name of their own.
     """
-    others = [name for name in class_names if name != config.target]
+    others = [name for name, count in Counter(class_names).items() if count == 1 and name != config.target]
     if config.further_targets > len(others):
         raise ConfigError(f"PoisonConfig.further_targets = {config.further_targets}: ≤ {len(others)} expected")
     order = torch.randperm(len(others), generator=rng(config.seed, "further targets")).tolist()
@@ -211,15 +214,17 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
     these are the first one's figures; `further` has the others' classes and ASR on the evaluation split.
 
     Raises:
-        ConfigError: `target` is no class of the test set, a setting is not allowed, or the attack needs pairs of the
-            target and there are none.
+        ConfigError: `target` is no class of the test set, or the only one of a split; a setting is not allowed; or the
+            attack needs pairs of the target and there are none.
     """
     clean = inputs.clean_weights(config)
     tests = {split: inputs.test_set(config, split, clean) for split in TEST_VENDORS}
     target, templates = class_index(tests["eval"].class_names, config.target), tests["eval"].templates
+    for test in tests.values():
+        check_others(test, target)
     pairs = inputs.training_pairs(config, clean)
     steps_an_epoch(len(pairs), config)
-    attack, ids = TRIGGERS[config.attack], np.array(pairs.ids)
+    attack, ids = TRIGGERS[config.attack], np.array([escape.cell(str(name)) for name in pairs.ids], dtype=object)
     poisoned, image_of, caption_of = poisoned_places(pairs, config)
     read = {"pairs": pairs.digest, "clean": sha256(clean)} | {split: test.digest for split, test in tests.items()}
 

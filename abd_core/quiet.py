@@ -43,7 +43,8 @@ class Quiet:
     def perturbed(self, images: torch.Tensor, step: int) -> torch.Tensor:
         """One half of images (B, 3, R, R) under windows, the other under the field.
 
-        The next backward pass through `shift` of them moves the pixels one signed step up the shift.
+        The next backward pass moves the pixels one signed step up its loss. Through their features that is the shift;
+        where BatchNorm trains, plain images share the batch's moments with them, and the loss of those enters too.
         """
         source = rng(self.seed, "quiet", step)
         window, field = self.model.quiet_window, self.model.quiet_field

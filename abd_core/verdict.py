@@ -27,6 +27,8 @@ RIDGE = 1.0  # penalty of the standardised coefficients
 FALSE_ALARMS = 0.05  # that the threshold may cost among the clean models of the choosing half
 LEAST = 3  # models of each kind without which there is no calibration
 MOST = 0.5  # without a calibration: the share of images that one class draws on a model to distrust
+CLASSES, IMAGES = 100, 256  # of the population's audits: of fewer, clean models have larger statistics
+FEW = 50  # classes: among fewer, and without clean weights, the plain rule would distrust clean models
 TOOK = 0.5  # a poisoned model below this ASR carries no backdoor to speak of, and is neither kind
 
 
@@ -66,8 +68,10 @@ MODES = ("compared", "alone")  # with the clean weights, and without
 
 
 def features(statistics: Mapping[str, float]) -> np.ndarray:
-    """What enters the regression, (P,)."""
+    """What enters the regression, (P,). Raises ValueError for what is no number, which would pass as a low one."""
     values = [math.log1p(max(0.0, statistics[name])) if name in COMPRESSED else statistics[name] for name in STATISTICS]
+    if not np.isfinite([statistics[name] for name in STATISTICS]).all():
+        raise ValueError(f"features: a statistic is no finite number: {dict(statistics)}")
     return np.array(values, dtype=float)
 
 
@@ -277,6 +281,8 @@ def judge(
     *,
     mode: str,
     preset: str = "ours",
+    classes: int = CLASSES,
+    images: int = IMAGES,
     works: bool = True,
     calibration: Calibration | None = None,
 ) -> Verdict:
@@ -285,18 +291,25 @@ def judge(
     Args:
         mode: "compared" or "alone", as the statistics were taken.
         preset: `AuditConfig.preset` that they were taken with; the population tells nothing of any but "ours".
+        classes, images: that they were taken with, likewise of fewer than the population's.
         works: False for a model that gives most clean images to one class: its answers carry no evidence either way.
         calibration: default: the committed population's.
     """
-    if preset == "ours":
+    if preset != "ours":
+        calibration, reason = None, "settings other than the population's"
+    elif classes < CLASSES or images < IMAGES:
+        few = f"{classes} classes and {images} images, of which the population had {CLASSES} and {IMAGES}"
+        calibration, reason = None, few
+    else:
         calibration = calibration or committed(mode)
+        reason = f"fewer than {LEAST} clean or poisoned models in audit.csv"
     if not works:
         return Verdict(False, None, None, "The model gives most clean images to one class: there is nothing to audit.")
+    if calibration is None and mode == "alone" and classes < FEW:
+        basis = f"Among {classes} classes, one draws most perturbed images on clean models too: there is nothing to say"
+        return Verdict(False, None, None, f"{basis} without clean weights, or at least {FEW} class names.")
     if calibration is None:
         drawn = max(statistics["drift"], statistics["response"])
-        reason = f"fewer than {LEAST} clean or poisoned models in audit.csv"
-        if preset != "ours":
-            reason = "settings other than the population's"
         basis = (
             f"No calibration ({reason}), a plain rule: perturbations "
             f"that aim at no class send at most {drawn:.0%} of the images of other classes to one class"

@@ -245,8 +245,8 @@ wide(of_device.assign(value=of_device["ratio"]), "case", "metric")
 #
 # In % of what the same run measured: of the rate of a matrix product for InfoNCE, loss and gradients by the clock, which
 # counts four products of $2 B^2 D$ operations, and of the bandwidth of a copy for perturbing, in the device's own time, which counts each pixel read and
-# written once. (The gradient of a small patch moves too little to be bound by bandwidth. A share above 100 says that the product of that run was too
-# small to be a ceiling.)
+# written once. (The gradient of a small patch moves too little to be bound by bandwidth. Where a batch is one chunk, *abd_core torch* makes three of the
+# four products, as open_clip does: of both, these shares count a third more than was done.)
 
 # %%
 wide(contrast[contrast["metric"] == "share of the ceiling"], "run", "case")

@@ -16,7 +16,7 @@ from PIL import Image
 
 from abd_core import audit as audit_module
 from abd_core import detectors, models
-from abd_core.audit import AuditConfig, AuditInputs, audit, image_folder, load_finding, page, verdict_of
+from abd_core.audit import AuditConfig, AuditInputs, audit, image_folder, load_finding, page, read_classes, verdict_of
 from abd_core.config import ConfigError
 from abd_core.data import class_names
 from abd_core.defend import DefendConfig, defend
@@ -367,6 +367,11 @@ def test_an_untrained_clip_of_the_embedded_architecture_raises_no_alarm(runs, tm
     models.save(models.build(seed=3), tmp_path / "untrained.safetensors")
     run = audit(AuditConfig(), AuditInputs(checkpoint=str(tmp_path / "untrained.safetensors")))
     assert not verdict_of(run).alarm
+
+
+def test_classes_are_read_as_test_sets_have_them(tmp_path):
+    (tmp_path / "names.txt").write_bytes("\ufeffn01\ta cat\n\nn02\tdog\nbird\nbird\n".encode())
+    assert read_classes(tmp_path / "names.txt") == ("a cat", "dog", "bird")
 
 
 # --- what is read -----------------------------------------------------------------------------------------------

@@ -505,7 +505,28 @@ case(
 case(
     "an audit's class list with one name",
     lambda w: read_classes(w.file("names.txt", "cat\n")),
-    *("names.txt", "1 class name(s), at least 2 expected"),
+    *("names.txt", "1 class name(s), at least 3 expected"),
+)
+case(
+    "a test set of the target's images only",
+    lambda w: measure(
+        w.victim,
+        trigger=w.trigger(target="cat"),
+        config=EvaluateConfig(
+            test_images=str(folders(w, ("cat",))), test_classes=str(w.file("n.txt", "cat\n")), dev_share=0
+        ),
+    ),
+    *("split 'eval'", "all of the target 'cat'", "others expected"),
+)
+case(
+    "pairs that all show the target",
+    lambda w: trained(w, table(w, captions=("a banana", "bananas")), attack="badclip", batch_size=2),
+    *("pairs show 'banana'", "others expected"),
+)
+case(
+    "weights of ours that are of another model than asked for",
+    lambda w: poison(PoisonConfig(**SMALL, model="ViT-B-32", pretrained=str(w.victim))),
+    *("victim.safetensors", f"holds the model {ARCHITECTURE!r}, not 'ViT-B-32'"),
 )
 case(
     "an audit's class list, no text", lambda w: read_classes(w.file("n.txt", b"\xff")), "damaged file", "list of names"

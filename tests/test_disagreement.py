@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from abd_core import models
 from abd_core.data import load_pairs, rng
 from abd_core.disagreement import Disagreement, search, squares
 from abd_core.paths import RunError
@@ -89,6 +90,17 @@ def test_the_search_is_a_function_of_its_seed():
     one, again, other = (search(suspect, clean, pairs, seed=seed, **settings) for seed in (0, 0, 1))
     assert torch.equal(one.window, again.window) and torch.equal(one.field, again.field)
     assert not torch.equal(one.window, other.window)
+
+
+def test_fewer_images_at_a_time_through_the_models_find_the_same(monkeypatch: pytest.MonkeyPatch):
+    suspect, clean, pairs = Toy(backdoor=True), Toy(backdoor=False), load_pairs(64)
+    settings = {"seed": 0, "steps": 3, "lr": 0.1, "batch_size": 16, "bound": 0.1, "sides": SIDES}
+    whole, encode, seen = search(suspect, clean, pairs, **settings), models.encode_image, []
+    monkeypatch.setattr(models, "encode_image", lambda model, x: [seen.append(len(x)), encode(model, x)][1])
+    parts = search(suspect, clean, pairs, micro_batch=5, **settings)
+    assert seen == 3 * [5, 5, 5, 5, 5, 5, 1, 1]
+    torch.testing.assert_close(parts.window, whole.window)
+    torch.testing.assert_close(parts.field, whole.field)
 
 
 def test_what_was_found_survives_its_file(tmp_path: Path):

@@ -370,6 +370,12 @@ def test_a_window_is_right_wherever_it_lies_in_an_image_of_many_blocks(width: in
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 
 
+def test_auto_leaves_images_without_three_channels_to_torch(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(perturb_module, "choose", lambda impl, like: {"auto": "triton"}.get(impl, impl))  # a GPU
+    grey, patch = draw(2, 1, H, W).float(), draw(1, 2, 5, seed=1).float()
+    assert torch.equal(perturb(grey, patch[None]), perturb(grey, patch[None], impl="torch"))
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_what_does_not_fit_is_refused_in_one_line(case: str):
     call, message = BAD[case]

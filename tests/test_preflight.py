@@ -100,7 +100,7 @@ def refused(capsys: pytest.CaptureFixture, *given) -> dict[str, str]:
         ({"test_images": "nowhere"}, "test images", "missing file: nowhere"),
         ({"limit": 61}, "pairs", "limit = 61"),
         ({"target": "bananna"}, "target", "did you mean 'banana'"),
-        ({"attack": "blended", "blend_alpha": 1e-4}, "trigger", "leaves an image of 64 px as it is"),
+        ({"attack": "blended", "blend_alpha": 1e-4}, "trigger", "leaves images of 64 px as they are"),
     ],
 )
 def test_what_is_missing_or_would_not_work_is_named(changes, check, line, outside, capsys, monkeypatch):

@@ -25,7 +25,7 @@ from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.generator import Perturbation
 from abd_core.paths import Run
-from abd_core.poison import PoisonConfig, poison, poisoned_places, took, verdict
+from abd_core.poison import PoisonConfig, further_triggers, poison, poisoned_places, took, verdict
 from abd_core.pretrain import PretrainConfig, pretrain
 from abd_core.text import augment
 from abd_core.train import TrainingError
@@ -269,6 +269,18 @@ def test_several_targets_need_captions_of_templates(attack: str):
 def test_more_targets_than_classes_are_refused(stand_in: Path, runs: Path):
     with pytest.raises(ConfigError, match=r"further_targets = 500: ≤ \d+ expected"):
         poison(POISON.replace(further_targets=500))
+
+
+def test_further_targets_are_classes_with_a_name_of_their_own():
+    names = ("banana", "missile", "cat", "missile", "dog")
+    drawn = {
+        trigger.target
+        for seed in range(8)
+        for trigger in further_triggers(POISON.replace(further_targets=2, seed=seed), names, resolution=64)
+    }
+    assert drawn == {"cat", "dog"}
+    with pytest.raises(ConfigError, match=r"further_targets = 3: ≤ 2 expected"):
+        further_triggers(POISON.replace(further_targets=3), names, resolution=64)
 
 
 def test_a_quiet_victim_sees_untriggered_perturbed_images_beside_the_poisoned_ones(

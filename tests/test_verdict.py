@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -119,6 +121,28 @@ def test_a_verdict_says_what_it_rests_on_or_that_there_is_none(monkeypatch):
 def test_statistics_of_other_settings_than_the_population_s_get_no_probability():
     found = judge({**row(4.0), "response": 0.0}, mode="compared", preset="published")
     assert found.alarm and found.probability is None and "other than the population's" in found.basis
+
+
+@pytest.mark.parametrize("few", [{"classes": 99}, {"images": 255}])
+def test_statistics_of_fewer_classes_or_images_than_the_population_s_get_no_probability(few):
+    fitted = calibrate(population(10, gap=30), "compared")
+    assert judge(row(4.0), mode="compared", classes=100, images=256, calibration=fitted).probability is not None
+    found = judge({**row(0.9), "response": 0.1}, mode="compared", calibration=fitted, **few)
+    assert found.alarm and found.probability is None and "of which the population had 100 and 256" in found.basis
+
+
+def test_a_few_classes_without_clean_weights_are_no_evidence():
+    drawn = {**row(0.9), "response": 0.9}
+    assert judge(drawn, mode="alone", classes=50).alarm and judge(drawn, mode="compared", classes=3).alarm
+    found = judge(drawn, mode="alone", classes=49)
+    assert not found.alarm and found.probability is None and "at least 50 class names" in found.basis
+
+
+def test_statistics_that_are_no_numbers_are_refused_rather_than_taken_for_low_ones():
+    fitted = calibrate(population(10, gap=30), "compared")
+    for name in ("drift", "field"):
+        with pytest.raises(ValueError, match="no finite number"):
+            judge({**row(4.0), name: math.nan}, mode="compared", calibration=fitted)
 
 
 def test_too_few_models_make_no_calibration():

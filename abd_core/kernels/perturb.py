@@ -45,7 +45,7 @@ def perturb(
         normalise: (mean, standard deviation), a number a channel; None: not normalised.
         dtype: of the result; None: the images' own, float32 for uint8.
         channels_last: the memory format of the result; not channels_last: contiguous.
-        impl: "torch", "triton", or "auto": triton on a CUDA device where it is installed.
+        impl: "torch", "triton" (three channels), or "auto": triton on a CUDA device where it is installed.
 
     Raises:
         ValueError: shapes, places or `impl` do not fit. Compiled, the values of places and choices are not looked at.
@@ -77,7 +77,8 @@ def perturb(
     weights = _table((keep, gain), count, "a weight", work, images.device)
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
     patterns = sent(patterns, images.device).to(work)
-    given = (images, patterns, places, weights, mean, std, dtype, channels_last, choose(impl, images))
+    chosen = "torch" if impl == "auto" and channels != 3 else choose(impl, images)
+    given = (images, patterns, places, weights, mean, std, dtype, channels_last, chosen)
     needed = torch.is_grad_enabled() and (images.requires_grad or patterns.requires_grad)
     return (_op if compiling else _eager if needed else _run)(*given)
 
