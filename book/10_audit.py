@@ -384,6 +384,6 @@ print(next_step(inputs, run))
 #
 # DECREE's published threshold calls every small CLIP here backdoored, clean or not; its figure, put in order, is the best single one. An
 # audit that finds nothing is no proof of a clean model, and the probability is that of small CLIPs on small drawings: for another
-# architecture it is a ranking, not a frequency. The statistics are the largest of shares by class, and grow as classes and images get fewer: the
-# clean base itself, asked for three or ten class names and without clean weights beside it, would have raised an alarm. So there is no probability of
-# fewer than the population's 100 classes and 256 images, and of fewer than 50 classes without clean weights no verdict.
+# architecture it is a ranking, not a frequency. The statistics are the largest of shares by class, and grow as classes and images get fewer,
+# on clean models too. So there is no probability of fewer than the population's 100 classes and 256 images, and of fewer than 50 classes without
+# clean weights no verdict.
