@@ -294,6 +294,15 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
     return run
 
 
+def check_places(inputs: AuditInputs) -> None:
+    """Raises RunError where a file or folder that is named, but for the suspect's, is missing."""
+    if inputs.images and not Path(inputs.images).is_dir():
+        raise RunError(f"missing folder: {inputs.images}")
+    for path in (_reference(inputs), Path(inputs.classes) if inputs.classes else None):
+        if path is not None:
+            regular(path)
+
+
 def _reference(inputs: AuditInputs) -> Path | None:
     named = {"embedded": models.clean_weights(), "none": None}
     return named[inputs.reference] if inputs.reference in named else Path(inputs.reference)

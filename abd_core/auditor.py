@@ -11,6 +11,7 @@ import hashlib
 import html
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -96,6 +97,7 @@ class Auditor:
         self.config, self.inputs = config, inputs
         self.thread: threading.Thread | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._stopped = False
         wide = {"width": "min(42rem, 95%)"}
         self.controls: dict[str, widgets.Widget] = {
             "file": widgets.FileUpload(accept=",".join(KINDS), description="checkpoint"),
@@ -123,16 +125,22 @@ class Auditor:
     def start(self, button: Any = None) -> None:
         """Audit the chosen file in a process of its own."""
         self.inputs = self.inputs.replace(checkpoint=self.controls["path"].value.strip())
-        self.controls["start"].disabled, self.controls["stop"].disabled = True, False
         self._bar.value, self._bar.description, self._report.value = 0, "", ""
+        try:
+            self._process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the path
+            self._tell(f"no audit of {self.inputs.checkpoint}: {error}")
+            return
+        self._stopped = False
+        self.controls["start"].disabled, self.controls["stop"].disabled = True, False
         self._tell("auditing ...")
-        self._process = subprocess.Popen(self.command(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         self.thread = threading.Thread(target=self._watch, args=(self._process,), daemon=True)
         self.thread.start()
 
     def stop(self, button: Any = None) -> None:
         """End the audit's process; what its detectors have found so far is kept."""
         if self._process is not None:
+            self._stopped = True
             self._process.terminate()
 
     def _watch(self, process: subprocess.Popen[bytes]) -> None:
@@ -149,8 +157,10 @@ class Auditor:
             if code == 0:  # the rest is read from the run's folder
                 self._report.value = report(audit(self.config, self.inputs), self.inputs)
                 self._tell(f"done: {self.inputs.checkpoint}")
-            elif code < 0:
+            elif code < 0 and self._stopped:
                 self._tell("stopped: what the detectors have found is kept, and another start goes on from there")
+            elif code < 0:
+                self._tell(f"the audit's process was ended by signal {-code} ({signal.strsignal(-code)})")
             else:
                 self._tell(([""] + [line for line in re.split(r"[\r\n]", written) if line.strip()])[-1])
         except AbdError as error:

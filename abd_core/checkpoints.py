@@ -23,7 +23,7 @@ from abd_core.paths import RunError, read_json, regular, unpacked
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 _NESTED = ("state_dict", "model", "model_state_dict")  # where training checkpoints keep their weights
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile, in either order
 # Stored by OpenAI beside the weights, which are those of QuickGELU; and buffers that older versions stored.
 _OPENAI = ("input_resolution", "context_length", "vocab_size")
 _BUFFERS = ("attn_mask",)
@@ -53,7 +53,7 @@ def read(path: Path) -> Checkpoint:
     if path.is_dir():
         return _folder(path)
     regular(path)
-    if path.suffix not in PICKLED:
+    if path.suffix.lower() not in PICKLED:
         weights, metadata = _safetensors(path)
         return Checkpoint(_plain(weights, path), metadata.get("model", ""))
     record = _script_archive(path) if _is_script_archive(path) else _pickled(path)
@@ -128,9 +128,8 @@ def _plain(weights: Any, path: Path) -> dict[str, torch.Tensor]:
         if not _stored(value):
             raise RunError(f"{path}: tensor {name} is sparse, quantised, or larger than what is stored of it")
     plain = {str(name): tensor for name, tensor in weights.items()}
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in plain):
-            plain = {name.removeprefix(wrapper): tensor for name, tensor in plain.items()}
+    while wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in plain)), ""):
+        plain = {name.removeprefix(wrapper): tensor for name, tensor in plain.items()}
     return {name: tensor for name, tensor in plain.items() if name not in (*_OPENAI, *_BUFFERS)}
 
 

@@ -478,12 +478,15 @@ def _knob_widgets(trigger: Trigger) -> dict[str, widgets.Widget]:
     made: dict[str, widgets.Widget] = {}
     for name, value in knobs(trigger).items():
         if name == "size":
-            made[name] = widgets.IntSlider(value, 1, trigger.resolution // 2, description="size, px")
+            most = max(trigger.resolution // 2, value)  # never below its own: a slider would show another trigger
+            made[name] = widgets.IntSlider(value, 1, most, description="size, px")
         elif name == "position":
             made[name] = widgets.Dropdown(options=POSITIONS, value=value, description="position")
         else:
-            most = max(STRENGTHS[name], value)
-            made[name] = widgets.FloatSlider(value, min=0.01, max=most, step=0.01, description=name)
+            least, most = min(0.01, value), max(STRENGTHS[name], value)
+            made[name] = widgets.FloatSlider(
+                value, min=least, max=most, step=0.01, description=name, readout_format=".3g"
+            )
     return made
 
 
@@ -491,10 +494,10 @@ def _knob_stills(trigger: Trigger) -> dict[str, list[Any]]:
     """A few values of a trigger's first knob, its own in front, and some places of a patch."""
     name, own = next(iter(knobs(trigger).items()))
     if name == "size":
-        others = [max(1, own // 2), 2 * own]
+        others = [max(1, own // 2), min(2 * own, trigger.resolution)]
         places = [place for place in ("centre", "bottom-right") if place != trigger.specification["position"]]
         return {"size": list(dict.fromkeys([own, *others])), "position": places}
-    return {name: [own, round(own / 2, 3), round(min(2 * own, STRENGTHS[name]), 3)]}
+    return {name: [own, *(float(f"{other:.3g}") for other in (own / 2, min(2 * own, STRENGTHS[name])))]}
 
 
 # --- the widgets --------------------------------------------------------------------------------------------

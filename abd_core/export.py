@@ -14,9 +14,12 @@ from __future__ import annotations
 import argparse
 import html
 import json
+import os
 import re
+import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +48,9 @@ def export(run: Run, out: Path) -> Path:
         out: a folder that does not exist yet, or is empty.
 
     Raises:
-        RunError: the run has no model, its weights or records are damaged, or `out` holds something.
+        RunError: the run has no model, its weights or records are damaged, or `out` holds something or cannot be made.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out}: a new or an empty folder is expected")
     model = models.load(run.file("model.safetensors"))
     name, cfg = model.architecture, open_clip.get_model_config(model.architecture)
@@ -59,21 +62,45 @@ def export(run: Run, out: Path) -> Path:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunError(f"damaged file: {run.folder}: its records are not a run's ({error!r})") from None
     weights = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    out.mkdir(parents=True, exist_ok=True)
-    with atomic(out / "open_clip_model.safetensors") as temporary:
-        save_file(weights, temporary, metadata={"format": "pt", "model": name})
     mean, std = models.NORMALISATION
     preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic", "resize_mode": "shortest"}
-    write_json(out / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": preprocess})
-    if described is not None:
-        with atomic(out / "model.safetensors") as temporary:
-            save_file(huggingface.from_open_clip(weights), temporary, metadata={"format": "pt"})
-        write_json(out / "config.json", {**described, "dtype": "float32"})
-        write_json(out / "preprocessor_config.json", huggingface.preprocessor(models.resolution(model)))
-        _tokeniser(out, context_length=model.context_length)
-    with atomic(out / "README.md") as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    with _whole(out) as folder:
+        with atomic(folder / "open_clip_model.safetensors") as temporary:
+            save_file(weights, temporary, metadata={"format": "pt", "model": name})
+        write_json(folder / "open_clip_config.json", {"model_cfg": cfg, "preprocess_cfg": preprocess})
+        if described is not None:
+            with atomic(folder / "model.safetensors") as temporary:
+                save_file(huggingface.from_open_clip(weights), temporary, metadata={"format": "pt"})
+            write_json(folder / "config.json", {**described, "dtype": "float32"})
+            write_json(folder / "preprocessor_config.json", huggingface.preprocessor(models.resolution(model)))
+            _tokeniser(folder, context_length=model.context_length)
+        with atomic(folder / "README.md") as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return out
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` to write into; `out` gets what it holds only when the block ends well.
+
+    Raises:
+        RunError: either cannot be made.
+    """
+    place = out.absolute()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if out.is_dir():  # an empty one, perhaps a link or a mount, stays what it is
+            for path in temporary.iterdir():
+                shutil.move(path, out)
+        else:
+            temporary.rename(out)
+    except OSError as error:
+        raise RunError(f"{out} cannot be made: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tokeniser(out: Path, *, context_length: int) -> None:

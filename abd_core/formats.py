@@ -107,12 +107,13 @@ def read_image(path: Path) -> Image.Image:
 
 
 def open_image(data: bytes) -> Image.Image:
-    """An encoded image, of which no more than its header is decoded.
+    """An encoded image, of which no more than its header is decoded; of 16-bit greys all, to make them 8-bit.
 
     PIL picks the decoder by the content. It is let have those of `KINDS` alone: others start programs (PostScript's).
 
     Raises:
-        ImageError: it is none of `KINDS`, or is larger than `MOST_BYTES`, `MOST_PIXELS` or `MOST_STRETCH` allow.
+        ImageError: it is none of `KINDS`, or is larger than `MOST_BYTES`, `MOST_PIXELS` or `MOST_STRETCH` allow; or it
+            has 16-bit greys and is damaged.
     """
     if len(data) > MOST_BYTES:
         raise ImageError(f"an image of {len(data)} bytes: at most {MOST_BYTES} expected")
@@ -124,6 +125,11 @@ def open_image(data: bytes) -> Image.Image:
         raise ImageError(f"an image of {image.width}x{image.height} pixels: at most {MOST_PIXELS} expected")
     if not 0 < max(image.size) <= MOST_STRETCH * min(image.size):
         raise ImageError(f"an image of {image.width}x{image.height} pixels: sides of 1 to {MOST_STRETCH} expected")
+    if image.mode in ("I", "I;16"):
+        try:  # PIL's own conversion makes whatever is above 255 white
+            return image.point(lambda grey: grey * (1 / 257) + 0.5).convert("L")
+        except Exception as error:
+            raise ImageError(f"damaged image: {_line(error)}") from None
     return image
 
 
@@ -477,10 +483,14 @@ def write_manifest(path: Path, ids: Iterable[str]) -> None:
 
 
 def read_manifest(address: str) -> list[str]:
-    """The ids that `write_manifest` wrote. Raises RunError where the file is another kind, empty, or repeats an id."""
+    """The ids that `write_manifest` wrote; a spreadsheet may have added a byte order mark and empty lines.
+
+    Raises:
+        RunError: the file is another kind, empty, or repeats an id.
+    """
     with sources.opened(address) as f:
         try:
-            rows = list(csv.reader(io.TextIOWrapper(f, encoding="utf-8", newline="")))
+            rows = [row for row in csv.reader(io.TextIOWrapper(f, encoding="utf-8-sig", newline="")) if row]
         except (UnicodeDecodeError, csv.Error) as error:
             raise RunError(f"damaged file: {address}: {_line(error)}") from None
     if not rows or rows[0] != ["id"] or any(len(row) != 1 for row in rows):
@@ -627,7 +637,8 @@ class ImagePairs:
     @functools.cached_property
     def _checked_file(self) -> Path:
         """What was found when all images were read: of these pairs, where they lie now."""
-        places = [self._images.files.column.to_pylist(), self._images.file.tolist(), self._images.offset.tolist()]
+        addresses = [sources.absolute(address) for address in self._images.files]
+        places = [addresses, self._images.file.tolist(), self._images.offset.tolist()]
         return cache_dir() / f"damaged-{digest([self.digest, places])[:16]}.csv"
 
     @functools.cached_property
@@ -665,17 +676,20 @@ class ImagePairs:
     def checked(self, max_damaged: float) -> ImagePairs:
         """The pairs whose image can be read to its end; the others are counted and listed in `damaged`.
 
-        Every image is read once; what is found stays in the cache, `damaged-<digest>.csv` (index, id, reason).
+        Every image is read once; what is found stays in the cache, `damaged-<digest>.csv` (index, id, reason). Of
+        several ranks, which call it together, the first one reads.
 
         Raises:
             RunError: more than the share `max_damaged` of the pairs is damaged.
         """
         kept = self._checked_file
-        if not kept.exists():
-            reader = loader(_Checked(self.table, self.resolution), in_batches(len(self), 64))
-            failures = [pair for batch in watched(reader, len(self), 64) for pair in batch]
-            with atomic(kept) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-                csv.writer(f).writerows([i, escape.cell(self.ids[i]), escape.cell(why)] for i, why in failures)
+        if ranks.agreed(not kept.exists()):
+            if ranks.first():
+                reader = loader(_Checked(self.table, self.resolution), in_batches(len(self), 64))
+                failures = [pair for batch in watched(reader, len(self), 64) for pair in batch]
+                with atomic(kept) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+                    csv.writer(f).writerows([i, escape.cell(self.ids[i]), escape.cell(why)] for i, why in failures)
+            ranks.barrier()
         with kept.open(newline="", encoding="utf-8") as f:
             rows = [(int(index), name, reason) for index, name, reason in csv.reader(f)]
         found = tuple((name, reason) for _, name, reason in rows)

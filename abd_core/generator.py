@@ -110,13 +110,16 @@ class Perturbation:
         side = self.delta.shape[-1]
         if self.mode not in ("additive", "patch") or self.placement not in ("fixed", "random"):
             raise ValueError(f"perturbation: mode {self.mode!r}, placement {self.placement!r}")
-        if not isinstance(self.resolution, int) or not 0 < side <= self.resolution:
+        if type(self.resolution) is not int or not 0 < side <= self.resolution:
             raise ValueError(f"perturbation: {side} px wide for images of {self.resolution!r} px")
         if self.delta.shape[-3:] != (3, side, side) or (self.mode == "additive" and side != self.resolution):
             raise ValueError(f"perturbation: {self.mode} of {tuple(self.delta.shape)} for {self.resolution} px")
         room = range(self.resolution - side + 1)
         if self.mode == "patch" and not (len(self.corner) == 2 and all(place in room for place in self.corner)):
             raise ValueError(f"perturbation: {side} px wide at {self.corner} of {self.resolution} px")
+        kind = self.delta.dtype
+        if not kind.is_floating_point or kind.itemsize < 2:  # torch computes nothing in floats of 8 bits
+            raise ValueError(f"perturbation: pixels in {kind}, float16, bfloat16, float32 or float64 expected")
         if not torch.isfinite(self.delta).all():
             raise ValueError("perturbation: NaN or infinity among its pixels")
 
@@ -158,12 +161,14 @@ class Perturbation:
 
     @staticmethod
     def load(path: Path) -> Perturbation:
-        """Raises RunError where the file is missing, damaged or no perturbation's record."""
+        """Raises RunError where the file is missing, damaged or no record of one perturbation."""
         regular(path)
         try:
             with safe_open(path, framework="pt") as f:
                 record = json.loads((f.metadata() or {})["record"])
                 delta = f.get_tensor("delta")
+            if delta.ndim != 3:  # `stages.safetensors` holds many
+                raise ValueError(f"{tuple(delta.shape)} pixels, (3, height, width) expected")
             return Perturbation(
                 record["mode"], delta, record["resolution"], record["placement"], tuple(record["corner"])
             )

@@ -2,7 +2,8 @@
 
 The settings here mean the same in every stage. All of them are places: what is found there enters a run's key by its
 digest, so the runs of the embedded benchmark stay where they are, and data may be moved. (Of pairs, ids, captions and
-the sizes that a tar tells, see `ImagePairs.digest`: images that are replaced under the same names are not noticed.)
+the sizes that a tar tells, see `ImagePairs.digest`: images that are replaced under the same names are not noticed, nor
+are test images on a remote store that are as large as those that they replace.)
 """
 
 from __future__ import annotations
@@ -113,6 +114,16 @@ class SuspectInputs(Config):
     checkpoint: str = option(
         "", "the suspect's weights: a file or a Hugging Face folder; '': the victim of an attack run here", place=True
     )
+
+
+def check_no_attack(source: SuspectInputs, attacker: Config) -> None:
+    """Raises ConfigError where an attack is named beside a checkpoint, on which none is run."""
+    for field in dataclasses.fields(attacker):
+        value = getattr(attacker, field.name)
+        if source.checkpoint and field.name in ("attack", "target") and value != field.default:
+            raise ConfigError(
+                f"checkpoint = {source.checkpoint!r}: no attack is run, so {field.name} = {value!r} is not read"
+            )
 
 
 SHARED = tuple(field.name for field in dataclasses.fields(TrainInputs))  # in every stage they mean the same

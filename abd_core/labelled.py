@@ -24,7 +24,7 @@ import pyarrow as pa
 import scipy.io
 import torch
 
-from abd_core import sources
+from abd_core import ranks, sources
 from abd_core.config import ConfigError, digest
 from abd_core.data import TestSet
 from abd_core.formats import Images, in_batches, loader, members, unwrapped, walk, watched
@@ -216,18 +216,20 @@ def load_labelled(
     """The images of one split at a model's resolution, as a zero-shot test set with open_clip's templates.
 
     A seeded share `dev_share` of each class is the split "dev", the rest is "eval"; with 0 both are all images. They
-    are decoded once, into the cache (`test-<digest>.bin`, 3 R^2 bytes an image), and mapped from there into memory.
+    are decoded once, into the cache (`test-<digest>.bin`, 3 R^2 bytes an image), and mapped from there into memory;
+    of several ranks, which call it together, by the first one. Local images that were changed since are decoded again;
+    remote ones that were replaced under the same names and sizes are not noticed: delete the file in the cache.
 
     Raises:
         ConfigError: see `read_labelled`; or `dev_share` leaves one of the splits without images.
         RunError: see `read_labelled`; or an image is damaged.
     """
     source = read_labelled(images, classes=classes, devkit=devkit)
-    ranks = _ranks(source)
-    order = np.lexsort((np.arange(len(ranks)), source.labels, ranks))  # dev first, whatever its share
+    places = _places(source)
+    order = np.lexsort((np.arange(len(places)), source.labels, places))  # dev first, whatever its share
     labels = torch.from_numpy(source.labels[order])
     pixels, checksum = _pixels_of(source, order, resolution)
-    cut = int((ranks < dev_share).sum())
+    cut = int((places < dev_share).sum())
     if dev_share and not 0 < cut < len(labels):
         raise ConfigError(f"dev_share = {dev_share:g}: of {len(labels)} test images it puts {cut} into the dev split")
     part = slice(None) if not dev_share else slice(0, cut) if split == "dev" else slice(cut, None)
@@ -241,17 +243,17 @@ def load_labelled(
     )
 
 
-def _ranks(source: Labelled) -> np.ndarray:
+def _places(source: Labelled) -> np.ndarray:
     """Where each image stands in its class's seeded order, in (0, 1)."""
     drawn = [hashlib.sha256(f"dev/{name}".encode("utf-8", "surrogatepass")).digest() for name in _ids(source)]
     order = sorted(range(len(drawn)), key=lambda i: (source.labels[i], drawn[i]))
     sizes = np.bincount(source.labels, minlength=len(source.class_names))
-    ranks, seen = np.empty(len(drawn)), np.zeros(len(sizes))
+    places, seen = np.empty(len(drawn)), np.zeros(len(sizes))
     for index in order:
         label = source.labels[index]
-        ranks[index] = (seen[label] + 0.5) / sizes[label]
+        places[index] = (seen[label] + 0.5) / sizes[label]
         seen[label] += 1
-    return ranks
+    return places
 
 
 def _ids(source: Labelled) -> list[str]:
@@ -265,12 +267,14 @@ def _pixels_of(source: Labelled, order: np.ndarray, resolution: int) -> tuple[to
     stem = cache_dir() / f"test-{digest([rows, marks, order.tolist(), resolution])[:16]}"
     path, record = stem.with_suffix(".bin"), stem.with_suffix(".json")
     shape = (len(order), 3, resolution, resolution)
-    if not (record.exists() and path.exists() and path.stat().st_size == np.prod(shape)):
-        reader = loader(Images(source.table, resolution), [order[list(b)].tolist() for b in in_batches(len(order), 64)])
-        with atomic(path) as temporary, temporary.open("wb") as f:
-            for batch in watched(reader, len(order), 64):
-                f.write(unwrapped(batch).numpy().tobytes())
-        write_json(record, {"sha256": sha256(path)})
+    if ranks.agreed(not (record.exists() and path.exists() and path.stat().st_size == np.prod(shape))):
+        if ranks.first():
+            batches = [order[list(batch)].tolist() for batch in in_batches(len(order), 64)]
+            with atomic(path) as temporary, temporary.open("wb") as f:
+                for batch in watched(loader(Images(source.table, resolution), batches), len(order), 64):
+                    f.write(unwrapped(batch).numpy().tobytes())
+            write_json(record, {"sha256": sha256(path)})
+        ranks.barrier()
     # A private mapping: whoever writes to the tensor does not write to the file.
     mapped = np.memmap(path, np.uint8, mode="c", shape=shape)
     return torch.from_numpy(mapped), json.dumps(read_json(record)["sha256"])

@@ -158,7 +158,7 @@ def work(file: Path) -> None:
     """What each rank does: join the others, and run the job's stage, whose own errors end the process with one line.
 
     Raises:
-        ConfigError: the job names no stage that trains, or an argument that the stage has not.
+        ConfigError: the job names no stage that trains, or an argument that the stage has not, or lacks one.
         RunError: the file is missing, no JSON object, or has something else where names and paths are expected.
     """
     job = read_json(file)
@@ -172,10 +172,14 @@ def work(file: Path) -> None:
         raise unknown("stage", stage, STAGES)
     module = importlib.import_module(STAGES[stage][0])
     function, kind = getattr(module, stage), getattr(module, STAGES[stage][1])
-    known = [name for name in inspect.signature(function).parameters if name not in ("config", "force")]
+    taken = inspect.signature(function).parameters
+    known = [name for name in taken if name not in ("config", "force")]
     for name in arguments:
         if name not in known:
             raise unknown(f"argument of {stage}", name, known)
+    for name in known:
+        if name not in arguments and taken[name].default is inspect.Parameter.empty:
+            raise ConfigError(f"{file}: {stage} needs {name!r}: a path under that name expected")
     with ranks.group() if ranks.launched() else nullcontext():
         try:
             config = kind.from_parameters(settings)

@@ -104,18 +104,32 @@ def given_parameters(files: Sequence[Path], pairs: Sequence[Sequence[str]]) -> d
     """Parameters as papermill takes them: `-f` files of YAML, then `-p` names and values.
 
     Raises:
+        ConfigError: a name or a value that `parameters` would leave out.
         RunError: a file is missing, or holds something else.
     """
     found: dict[str, Any] = {}
-    for path in files:
-        try:
-            given = yaml.safe_load(regular(path).read_text(encoding="utf-8"))
-        except (UnicodeDecodeError, yaml.YAMLError, RecursionError):
-            raise RunError(f"damaged file: {path}: not YAML") from None
-        if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
-            raise RunError(f"{path}: names with a value each expected")
+    read = [(str(path), _read_parameters(path)) for path in files]
+    for where, given in [*read, ("-p", {name: value for name, value in pairs})]:
+        for name, value in given.items():
+            if not isinstance(value, _PLAIN):
+                expected = "text, a number or a list of them expected (text that looks like a date goes in quotes)"
+                raise ConfigError(f"{where}: {name!r} is of kind {type(value).__name__}: {expected}")
+            if name not in parameters({name: value}):
+                raise ConfigError(f"{where}: {name!r} is no parameter's name: it is private, or IPython's")
         found |= given
-    return found | {name: value for name, value in pairs}
+    return found
+
+
+def _read_parameters(path: Path) -> dict[str, Any]:
+    """Names and values of a file of YAML. Raises RunError."""
+    regular(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:  # PyYAML raises many kinds
+        raise RunError(f"damaged file: {path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
+        raise RunError(f"{path}: names with a value each expected")
+    return given
 
 
 def _one_line_errors() -> None:
@@ -161,6 +175,8 @@ def summary(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m abd_core.notebook EXECUTED.ipynb")
     try:
         print(summary(Path(sys.argv[1])), end="")
         print(f"Executed notebook: {escape.terminal(sys.argv[1])}")

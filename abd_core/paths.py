@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shutil
 import stat
 import subprocess
@@ -81,10 +82,12 @@ def atomic(path: Path) -> Iterator[Path]:
     Of several ranks the first one writes; what the others write is thrown away.
 
     Raises:
-        RunError: the disk takes no more.
+        RunError: there is no folder to write it into, or the disk takes no more.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{ranks.rank()}.tmp")
-    temporary.unlink(missing_ok=True)  # whatever lies there, a link perhaps, is not written through
+    if not os.path.isdir(path.parent):
+        raise RunError(f"{path} cannot be written: {path.parent} is no folder")
+    # Nobody has that name: containers that share the folder have the same process ids, and no link can be planted.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         if not ranks.first():
@@ -156,19 +159,26 @@ def environment() -> dict[str, Any]:
     """What a result depends on besides its config: versions, device, threads, git revision."""
     import open_clip
 
-    git = ["git", "-C", str(Path(__file__).parent)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     # Of the package alone: results that are written into the checkout do not change what makes them.
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, check=False)
-    sha = revision.stdout.strip() if revision.returncode == 0 else None
+    sha, changed = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         "threads": torch.get_num_threads(),
-        "git_sha": sha and sha + ("+changes" if changed.stdout.strip() else ""),
+        "git_sha": sha and sha + ("+changes" if changed else ""),
     }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the package's folder, None where it is no repository or there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def versions(environment: Mapping[str, Any]) -> str:
@@ -230,10 +240,7 @@ def load_or_make(
     folder = runs_dir() / stage / digest(key)[:12]
     if folder.is_symlink():
         raise RunError(f"{folder} is a link: run folders are folders; remove it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made: {error.strerror}") from None
+    _there(folder)
     with _locked(folder) if ranks.first() else nullcontext():
         resumed = finished = False
         if ranks.first():
@@ -355,17 +362,38 @@ def _empty(folder: Path) -> None:
             path.unlink()
 
 
+def _there(folder: Path) -> None:
+    """Make a run folder where it is missing. Raises RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made: {error.strerror}") from None
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; a second process says so and waits. The system frees the lock of a process that died."""
-    try:  # never through a link, whose target would be made or changed
-        opened = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise RunError(f"{folder / '.lock'} cannot be opened: {error.strerror}") from None
-    with os.fdopen(opened, "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{shown(folder)} is in use by another process: waiting for it", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    path = folder / ".lock"
+    while True:
+        try:  # never through a link, whose target would be made or changed
+            opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise RunError(f"{path} cannot be opened: {error.strerror}") from None
+        with os.fdopen(opened, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{shown(folder)} is in use by another process: waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_open(path, lock.fileno()):
+                yield
+                return
+        _there(folder)  # whoever held the lock has removed the folder: its input was bad
+
+
+def _is_open(path: Path, opened: int) -> bool:
+    """Whether the open file is still the one at `path`."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(opened))
+    except FileNotFoundError:
+        return False

@@ -241,8 +241,10 @@ def plane(
     results = results[results["metric"].isin(xy) & results["attack"].isin(list(attacks))]
     if results.empty:
         return _without_rows(title)
-    summary = 100 * means(results)[["mean", "half", "paper"]].unstack("metric")
-    runs = 100 * results.pivot(index=["attack", "defence", "seed"], columns="metric", values="value")
+    both = pd.MultiIndex.from_product([["mean", "half", "paper"], xy])  # a metric may not have been measured
+    summary = 100 * means(results)[["mean", "half", "paper"]].unstack("metric").reindex(columns=both)
+    runs = results.pivot(index=["attack", "defence", "seed"], columns="metric", values="value")
+    runs = 100 * runs.reindex(columns=xy)
     colours, columns = _colours(rivals) | _colours(aside), min(2, len(attacks))
     markers = dict(zip(rivals, itertools.cycle(MARKERS), strict=False))
     rows = math.ceil(len(attacks) / columns)
@@ -255,9 +257,10 @@ def plane(
             if (attack, name) not in summary.index:
                 continue
             cell, marker = summary.loc[(attack, name)], markers.get(name, "s")
-            axes.plot(*runs.loc[(attack, name)][xy].T.to_numpy(), marker, color=colour, alpha=0.3, ms=5, mew=0)
+            axes.plot(*runs.loc[(attack, name)].T.to_numpy(), marker, color=colour, alpha=0.3, ms=5, mew=0)
             error = dict(zip(("xerr", "yerr"), cell["half"][xy], strict=True))
-            axes.errorbar(*cell["mean"][xy], **error, fmt=marker, color=colour, ms=8, elinewidth=1, label=name)
+            label = escape.figure(name)
+            axes.errorbar(*cell["mean"][xy], **error, fmt=marker, color=colour, ms=8, elinewidth=1, label=label)
             axes.plot(*cell["paper"][xy], marker, color=colour, ms=8, mfc="none", mew=1.5)
         best = 100 * front(results, attack, rivals)
         axes.step(best["ca_top1"], best["asr"], color="0.4", lw=1, ls="--", zorder=0)
@@ -292,13 +295,12 @@ def forest(differences: pd.DataFrame, *, title: str, label: str = "against") -> 
             part = differences[differences["metric"].eq(metric) & differences["attack"].eq(attack)]
             y = names.get_indexer(part[label]) + (i - (len(attacks) - 1) / 2) * 0.8 / len(attacks)
             half = 100 * (part["ci_high"] - part["difference"])
-            axes.errorbar(
-                100 * part["difference"], y, xerr=half, fmt="o", color=colours[attack], ms=5, capsize=2, label=attack
-            )
+            look = {"fmt": "o", "color": colours[attack], "ms": 5, "capsize": 2, "label": escape.figure(attack)}
+            axes.errorbar(100 * part["difference"], y, xerr=half, **look)
             axes.plot(100 * part["paper"], y, "D", color=colours[attack], ms=6, mfc="none")
         axes.axvline(0, color="0.4", lw=1)
         axes.set(title=METRICS[metric], xlabel="difference, points")
-    grid[0][0].set_yticks(range(len(names)), names)
+    grid[0][0].set_yticks(range(len(names)), [escape.figure(name) for name in names])
     grid[0][0].set_ylim(len(names) - 0.5, -0.5)
     grid[0][-1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(escape.figure(title))
@@ -314,7 +316,7 @@ def matrix(
     there = [name for name in defences if name in mean.index], [name for name in attacks if name in mean.columns]
     if not all(there):
         return _without_rows(title)
-    mean, half = mean.loc[there], half.loc[there]
+    mean, half = (part.loc[there].rename(index=escape.figure, columns=escape.figure) for part in (mean, half))
     shown = mean.map("{:.0f}".format) + half.map(lambda h: "" if pd.isna(h) else f" ± {h:.0f}")
     size = (3.5 + 1.2 * len(there[1]), 1.8 + 0.42 * len(there[0]))
     figure, axes = plt.subplots(figsize=size, layout="constrained")
@@ -329,7 +331,7 @@ def matrix(
         cbar_kws={"label": f"{METRICS[metric]}, %"},
     )
     axes.set(xlabel="attack", ylabel="defence", title=escape.figure(title))
-    axes.set_xticks(axes.get_xticks(), there[1], rotation=30, ha="right")
+    axes.set_xticks(axes.get_xticks(), mean.columns, rotation=30, ha="right")
     axes.tick_params(axis="y", rotation=0)
     return figure
 
@@ -339,7 +341,8 @@ def costs(results: pd.DataFrame, defences: Sequence[str], *, title: str) -> Figu
     runs = _timed(results, defences)
     if runs.empty:
         return _without_rows(title)
-    there = [name for name in defences if name in set(runs["defence"])]
+    there = [escape.figure(name) for name in defences if name in set(runs["defence"])]
+    runs = runs.assign(**{name: runs[name].map(escape.figure) for name in ("defence", "machine")})
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(there)), layout="constrained")
     sns.stripplot(runs, x="seconds", y="defence", hue="machine", order=there, alpha=0.6, jitter=0.2, ax=axes)
     medians = runs.groupby(["defence", "machine"])["seconds"].median().reset_index()
@@ -358,8 +361,10 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
     """
     victims = results[results["defence"].eq(VICTIM) & results["metric"].isin(["asr", "ca_top1"])]
     parts = victims["attack"].str.extract(r"^(?P<name>[^,]*)(?:, rate (?P<share>.*))?$")
-    victims = victims.assign(name=parts["name"], share=parts["share"].astype(float).fillna(rate))
-    victims = victims[victims["name"].isin(parts["name"][parts["share"].notna()])]
+    share = pd.to_numeric(parts["share"], errors="coerce")
+    victims = victims.assign(name=parts["name"], share=share.where(parts["share"].notna(), rate))
+    dosed = parts["name"].isin(parts["name"][share.notna()])
+    victims = victims[dosed & victims["share"].between(0, 1, inclusive="right")]  # another rate is no share
     if victims.empty:
         return _without_rows(title)
     figure, grid = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
@@ -367,7 +372,9 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
         for name, part in victims[victims["metric"] == metric].groupby("name", sort=False):
             points = means(part).reset_index().merge(part[["attack", "share"]].drop_duplicates()).sort_values("share")
             error = 100 * points["half"].fillna(0)
-            axes.errorbar(100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=name)
+            axes.errorbar(
+                100 * points["share"], 100 * points["mean"], error, marker="o", capsize=3, label=escape.figure(name)
+            )
         axes.set(xscale="log", xlabel="% of pairs poisoned", ylabel=f"{METRICS[metric]} of the victim, %")
         shares = sorted(100 * victims["share"].unique())
         axes.set_xticks(shares, [f"{share:g}" for share in shares])

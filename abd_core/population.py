@@ -6,7 +6,7 @@
 
 Members are fine-tuned from the clean base, poisoned or not, by the attacker's own loop: seeds, lengths, attacks,
 targets, doses and places differ. An interrupted population goes on where it stopped. A member's weights are removed
-once it is audited, unless `--keep` is given.
+once it is audited, unless `--keep` is given or it was there before.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.detectors import Decree
 from abd_core.grid import GRIDS, Cell, command, pooled
-from abd_core.paths import Run, atomic, read_json, sha256, shown, versions
+from abd_core.paths import Run, atomic, read_json, regular, runs_dir, sha256, shown, versions
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
 from abd_core.text import TEMPLATES
@@ -279,10 +279,15 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as f:
-        reader = csv.DictReader(f)
-        table = list(reader)
-    if reader.fieldnames != list(COLUMNS):
+    regular(path)
+    try:
+        with path.open(newline="", encoding="utf-8") as f:
+            reader = csv.DictReader(f)
+            table = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise AbdError(f"{path}: not a population of audits: no CSV ({error})") from None
+    whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
+    if reader.fieldnames != list(COLUMNS) or not whole:
         raise AbdError(f"{path}: not a population of audits; its columns shall be {','.join(COLUMNS)}")
     return table
 
@@ -309,7 +314,7 @@ def run(
     """Make and audit those of `chosen` that have no row of the present settings at `output`; a row after each.
 
     Args:
-        keep: leave the trained members and their audits in the run folders.
+        keep: leave the members that this call trains in the run folders. (Those that it finds there stay anyway.)
         processes: members at a time, each in a process of its own with its share of the cores; this one writes.
 
     Returns:
@@ -318,6 +323,7 @@ def run(
     audited = audited or AuditConfig()
     done = {row["run_id"] for row in read_rows(output)}
     left, failed = [member for member in chosen if member.key(audited) not in done], []
+    found = {file.parent for file in runs_dir().glob("poison/*/metrics.json")}  # a member may be a chapter's victim
     total = len(chosen)
     with progress(stage="population", total=total, initial=total - len(left), unit="model") as bar:
         for member, made in pooled(functools.partial(make, audited=audited), left, processes):
@@ -325,8 +331,8 @@ def run(
                 failed.append(f"{member.name}: {made}")
             else:
                 write_row(output, made)
-                if not keep:
-                    shutil.rmtree(poison(member.config).folder)
+                if not keep and (folder := poison(member.config).folder) not in found:
+                    shutil.rmtree(folder)
             bar.update()
     return failed
 

@@ -26,7 +26,7 @@ import torch
 from abd_core import formats, inputs, models
 from abd_core.adversary import AdversaryConfig, search
 from abd_core.config import AbdError, Config, digest
-from abd_core.data import TestSet, TrainingPairs, class_index
+from abd_core.data import TestSet, TrainingPairs, class_index, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.evaluate import check_others, image_features
 from abd_core.generator import Perturbation, patch_side
@@ -35,6 +35,7 @@ from abd_core.notebook import add_parameters, given_parameters, stage_configs
 from abd_core.paths import cache_dir, environment, read_json, runs_dir, shown, write_json
 from abd_core.poison import PoisonConfig, drawn_trigger
 from abd_core.text import tokenize
+from abd_core.train import TrainConfig, steps_an_epoch
 from abd_core.triggers import TRIGGERS
 
 STEPS, WARM = 20, 5  # of a rehearsal: so many are counted at least, after so many that are not
@@ -113,13 +114,19 @@ def _rehearsal() -> int:
 def preflight(*configs: Any) -> None:
     """Check what these stages (upstream first) will read and need, and print it on one screen.
 
-    On the embedded benchmark there is nothing to check, and nothing is printed. What was found in order is kept in the
-    cache, and shown again without a second rehearsal for the same settings on the same machine.
+    On the embedded benchmark nothing is printed, and all that is checked is whether its pairs suffice for a step. What
+    was found in order is kept in the cache, and shown again without a second rehearsal for the same settings on the
+    same machine.
 
     Raises:
         PreflightError: a check failed.
+        ConfigError: too few of the embedded pairs.
     """
     if not any(config.outside for config in configs):
+        for config in configs:
+            if isinstance(config, TrainConfig):
+                pairs = load_pairs(config.limit)
+                steps_an_epoch(len(pairs.subset(getattr(config, "share", 1.0), seed=config.seed)), config)
         return
     machine = {name: environment()[name] for name in ("device", "threads")} | {"workers": formats.workers()}
     asked = [[type(c).__name__, c.key(), c.places()] for c in configs]
@@ -132,8 +139,8 @@ def preflight(*configs: Any) -> None:
     for check in _checks(configs):
         print(check, flush=True)
         checks.append(check)
-    if failed := [check.name for check in checks if not check.ok]:
-        raise PreflightError(f"preflight: {len(failed)} of {len(checks)} checks failed: {', '.join(failed)}")
+    if failed := [f"{check.name}: {check.text}" for check in checks if not check.ok]:
+        raise PreflightError(f"preflight: {len(failed)} of {len(checks)} checks failed: {'; '.join(failed)}")
     write_json(kept, [str(check) for check in checks])
 
 

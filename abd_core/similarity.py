@@ -18,6 +18,7 @@ import open_clip
 import pandas as pd
 import torch
 
+from abd_core.config import ConfigError
 from abd_core.data import TestSet, rng
 from abd_core.evaluate import image_features, rate
 
@@ -136,10 +137,15 @@ def cosines(
 
     Returns:
         A row a pairing and image: `pairing`, `image` (its row in `features`), `label`, `cosine` in [-100, 100].
+
+    Raises:
+        ConfigError: there are images of fewer than two classes beside the target.
     """
     kept = (labels != target).nonzero().flatten()
     own = labels[kept]
     groups, member = own.unique(return_inverse=True)
+    if len(groups) < 2:
+        raise ConfigError(f"unrelated captions: images of {len(groups)} classes beside the target, at least 2 expected")
     named = {
         "original": own,
         "backdoor": torch.full_like(own, target),

@@ -10,7 +10,7 @@ import os
 import posixpath
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -116,6 +116,12 @@ def is_local(address: str) -> bool:
     return _local_path(address) is not None
 
 
+def absolute(address: str) -> str:
+    """The address as it reads from any working folder."""
+    path = _local_path(address)
+    return address if path is None else os.path.join(os.getcwd(), path)
+
+
 def _ordinary(path: str) -> None:
     """Raises RunError for a device or a pipe, which may never end."""
     mode = os.stat(path).st_mode
@@ -182,14 +188,18 @@ def stamp(address: str) -> tuple[int, str]:
 
 
 def listing(address: str) -> list[tuple[str, int]]:
-    """All files below a folder: path relative to it and size in bytes, sorted. Raises RunError where it is none."""
+    """All files below a folder: path relative to it and size in bytes, sorted. Links of a local one are followed.
+
+    Raises:
+        RunError: it is no folder.
+    """
 
     def call() -> list[tuple[str, int]]:
         path = _local_path(address)
         if path is not None:
             if not os.path.isdir(path):
                 raise FileNotFoundError
-            found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+            found = (Path(folder) / name for folder, names in _walk(path) for name in names)
             return [(str(file.relative_to(path)), file.stat().st_size) for file in found if file.is_file()]
         filesystem, remote = _filesystem(address)
         if not filesystem.isdir(remote):
@@ -199,6 +209,17 @@ def listing(address: str) -> list[tuple[str, int]]:
         return [(name.removeprefix(top), int(record.get("size") or 0)) for name, record in below.items()]
 
     return sorted(_told(address, call))
+
+
+def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
+    """Every folder below a local one and what is in it, through links too, but for those that lead in a circle."""
+    above = {top: {os.path.realpath(top)}}  # the real paths of a folder and of those that led to it
+    for folder, folders, names in os.walk(top, followlinks=True):
+        chain = above.pop(folder)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in chain]
+        above |= {os.path.join(folder, name): chain | {real[name]} for name in folders}
+        yield folder, names
 
 
 def within(folder: str, path: str) -> str:

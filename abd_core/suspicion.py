@@ -22,8 +22,10 @@ def neighbour_distances(features: torch.Tensor, k: int = NEIGHBOURS) -> torch.Te
     """Distances (N, k) of unit features (N, D) to their k nearest others, ascending, Euclidean.
 
     Raises:
-        ValueError: fewer than k + 1 rows.
+        ValueError: k is below 1, or fewer than k + 1 rows.
     """
+    if k < 1:
+        raise ValueError(f"{k} nearest: at least 1 expected")
     if len(features) <= k:
         raise ValueError(f"{k} nearest of {len(features)} features: at least {k + 1} expected")
     rows = []
@@ -39,7 +41,12 @@ def local_intrinsic_dimensionality(distances: torch.Tensor) -> torch.Tensor:
     """Its maximum-likelihood estimate (N,) from neighbour distances (N, k): -1 / mean log(d_i / d_k).
 
     Levina and Bickel (2004), Amsaleg et al. (2015). Neighbours at no distance count as 1e-6 of the farthest one's.
+
+    Raises:
+        ValueError: k is below 2: the farthest alone says nothing.
     """
+    if distances.shape[1] < 2:
+        raise ValueError(f"dimensionality from {distances.shape[1]} nearest: at least 2 expected")
     farthest = distances[:, -1:].clamp_min(1e-12)
     logs = (distances[:, :-1] / farthest).clamp(1e-6, 1).log().mean(1)
     return -1 / logs.clamp_max(-1e-6)
@@ -78,7 +85,7 @@ def scores(
     holds hardly two. Where a batch of k neighbours holds many, as at this benchmark's doses, it is the near ones.
 
     Raises:
-        ValueError: fewer than k + 1 pairs, or another number of captions.
+        ValueError: k is below 2, fewer than k + 1 pairs, or another number of captions.
     """
     if len(images) != len(captions):
         raise ValueError(f"{len(images)} images, {len(captions)} captions")

@@ -98,7 +98,7 @@ class Trigger(ABC):
             "clean-label": images of the target itself, with the captions that they have.
         adaptive: whether the attack was made against the defences and the audit of this project; the grid `adaptive`
             has it, the zoo and the audit's population have not.
-        pattern: float (channels, h, w) in [0, 1].
+        pattern: float (channels, h, w) in [0, 1], of 16 bits or more.
         resolution: side in pixels of the images that it is made for; another side is refused.
         target: name of the class that the attacker wants.
         specification: the attack's settings, JSON-able.
@@ -118,13 +118,23 @@ class Trigger(ABC):
 
     def __post_init__(self) -> None:
         """Raises ValueError where the fields do not make a trigger."""
-        if not isinstance(self.resolution, int) or not isinstance(self.target, str):
+        if type(self.resolution) is not int or not isinstance(self.target, str):
             raise ValueError(f"{self.name} trigger: resolution {self.resolution!r}, target {self.target!r}")
         shape = tuple(self.pattern.shape)
         if len(shape) != 3 or shape[0] != self.channels or max(shape[1:]) > self.resolution:
             raise ValueError(f"{self.name} trigger: a {shape} pattern for images of {self.resolution} px")
+        kind = self.pattern.dtype
+        if not kind.is_floating_point or kind.itemsize < 2:  # torch computes nothing in floats of 8 bits
+            raise ValueError(
+                f"{self.name} trigger: a pattern in {kind}, float16, bfloat16, float32 or float64 expected"
+            )
         if not self.pattern.numel() or not ((self.pattern >= 0) & (self.pattern <= 1)).all():
             raise ValueError(f"{self.name} trigger: pixels outside [0, 1]")
+
+    def _check_side(self, side: int) -> None:
+        """Raises ValueError where the pattern is not `side` pixels high and wide."""
+        if self.pattern.shape[1:] != (side, side):
+            raise ValueError(f"{self.name} trigger: a {tuple(self.pattern.shape)} pattern, {side}x{side} px expected")
 
     def _check(self, setting: str, *, below: float) -> None:
         """Raises ValueError where a number of the specification is missing or not in (0, below], or infinite."""
@@ -191,6 +201,7 @@ class BadNet(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_side(self.pattern.shape[-1])
         if self.specification.get("position") not in POSITIONS:
             raise ValueError(f"{self.name} trigger: position {self.specification.get('position')!r}")
 
@@ -286,6 +297,7 @@ class Blended(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_side(self.resolution)
         self._check("alpha", below=1)
 
     @classmethod
@@ -430,6 +442,7 @@ class SIG(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._check_side(self.resolution)
         self._check("amplitude", below=1)
 
     @classmethod

@@ -69,6 +69,7 @@ found = adversary(config, victim.file("model.safetensors"))
 # %% mystnb={"figure": {"caption": "The universal perturbation on its way, and on pictures of the development split."}, "image": {"alt": "The generator's output from first to last step, and eight pictures clean, perturbed, and their difference"}}
 import pandas as pd
 import torch
+from safetensors.torch import load_file
 
 from abd_core import inputs, models, plots, similarity
 from abd_core.evaluate import similarities
@@ -77,7 +78,7 @@ from abd_core.triggers import load_trigger
 
 plots.style()
 perturbation = Perturbation.load(found.file("perturbation.safetensors"))
-on_the_way = Perturbation.load(found.file("stages.safetensors")).delta
+on_the_way = load_file(found.file("stages.safetensors"))["delta"]
 test_set = inputs.test_set(config, "dev", victim.file("model.safetensors"))
 shown = test_set.images[torch.arange(5, len(test_set), len(test_set) // 8)][:8].float() / 255
 plots.images(

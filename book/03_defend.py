@@ -52,7 +52,7 @@ limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 # %%
 from abd_core.adversary import AdversaryConfig, adversary
 from abd_core.defend import DefendConfig, defend
-from abd_core.inputs import SuspectInputs, suspect_weights
+from abd_core.inputs import SuspectInputs, check_no_attack, suspect_weights
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison, verdict
 from abd_core.preflight import preflight
@@ -60,6 +60,7 @@ from abd_core.preflight import preflight
 attacker, searcher, source, config = stage_configs(
     globals(), poison=PoisonConfig, adversary=AdversaryConfig, suspect=SuspectInputs, defend=DefendConfig
 )
+check_no_attack(source, attacker)
 stages = (searcher, config) if source.checkpoint else (attacker, searcher, config)
 show_configs(*stages)
 preflight(*stages)

@@ -310,8 +310,8 @@ pd.DataFrame(reached).T
 # By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; of twenty in a row, and in the GPU's own time, it
 # is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU.
-# At most batches memeff's loss alone, without gradients, is the faster one, and it needs less memory at large ones; it has no gradient for the scale, and
-# with gradients it takes longer. Per batch:
+# At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
+# it takes longer. Per batch:
 
 # %%
 sizes = rows[rows["size"].notna() & rows["variant"].isin(["abd_core triton", "memeff*"])]
@@ -334,7 +334,7 @@ shares = {}
 for device, part in steps[steps["variant"].eq("ft") & steps["metric"].eq("step")].groupby("device"):
     small = loss_times[loss_times["device"].eq(device) & loss_times["case"].str.startswith("B=128,")]
     shares[device] = {"loss at B = 128, ms": small["value"].min(), "training step, ms": part["value"].min()}
-share = pd.DataFrame(shares).T
+share = pd.DataFrame(shares, index=["loss at B = 128, ms", "training step, ms"]).T
 share["share of the loss, %"] = 100 * share.iloc[:, 0] / share.iloc[:, 1]
 share.map("{:.3g}".format)
 

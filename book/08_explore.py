@@ -38,11 +38,13 @@ from abd_core.defend import DefendConfig
 from abd_core.explore import ExploreConfig
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig
+from abd_core.results import ResultsConfig, read_results
 
 attacker, searcher, defender, config = stage_configs(
     globals(), poison=PoisonConfig, adversary=AdversaryConfig, defend=DefendConfig, explore=ExploreConfig
 )
 show_configs(attacker, searcher, defender, config)
+table = read_results(ResultsConfig(results=config.results).path)
 
 # %% [markdown]
 # ## The explorer
@@ -75,9 +77,6 @@ explore.neighbour_widget(case, config.label)
 # images where there is one seed, over seeds where there are more) and the paper's value where it has one.
 
 # %%
-from abd_core.results import ResultsConfig, read_results
-
-table = read_results(ResultsConfig(results=config.results).path)
 explore.results_widget(table)
 
 # %% [markdown]

@@ -220,7 +220,7 @@ preflight(
 # - All steps were timed at the batch of the column `case`. The paper's attack has that one, its defence 64, its adversary
 #   16; at a smaller batch a GPU does fewer images a second.
 # - *from tars* reads and decodes its images, the others have them there already. Each was timed in one run, those from
-#   tars in an earlier one ([chapter 7](07_kernels)): where they come out faster, that is noise.
+#   tars in an earlier one, of earlier code ([chapter 7](07_kernels)): which of the two is faster, these rows do not tell.
 # - *cores* is the rate divided by what one core reads in a second: the loader's images a second of CPU time, of the next
 #   section. They were measured on another machine, with larger images than the command above stores: a first guess.
 # - *GiB* is of the variant in the last column: for rows from tars, the same steps without reading.

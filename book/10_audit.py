@@ -15,7 +15,7 @@
 # It knows no trigger, no target and no poisoned data, and executes nothing that the checkpoint brings. Its detectors ask:
 #
 # - **drift**: where do universal patches lead that are optimised towards no class at all {cite}`zhou2023advclip,wang2020tnd`? On a clean
-#   model answers scatter, on a backdoored one they gather at the attacker's class;
+#   model answers should scatter, on a backdoored one gather at the attacker's class; the table of statistics says how far either holds;
 # - **answers under corruptions** (noise, blotches, warps, waves, stripes): triggers that lie all over the image are seldom learnt exactly;
 # - **additive perturbations** towards each class, and, where there are clean weights, two differences: the **shift** of clean images'
 #   answers, and the change of the **zero-shot head**, the weights that read each class off the image tower {cite}`ilharco2023task`;
@@ -40,12 +40,13 @@ poison_epochs: int = 10  # chapter 1's victim: passes over the pairs
 limit: int = 0  # use only this many pairs, seeded (0: all); for smoke runs
 
 # %%
-from abd_core.audit import AuditConfig, AuditInputs, audit, load_finding, picture, verdict_of
+from abd_core.audit import AuditConfig, AuditInputs, audit, check_places, load_finding, picture, verdict_of
 from abd_core.notebook import show_configs, stage_configs
 from abd_core.poison import PoisonConfig, poison
 
 attacker, inputs, config = stage_configs(globals(), poison=PoisonConfig, inputs=AuditInputs, audit=AuditConfig)
 if not inputs.checkpoint:
+    check_places(inputs)  # before a victim is made
     inputs = inputs.replace(checkpoint=str(poison(attacker).file("model.safetensors")))
 show_configs(config)
 
@@ -377,8 +378,8 @@ print(next_step(inputs, run))
 # does. Clean models that saw one class over and over raised no alarm.
 #
 # Of the attackers above who know the audit, one passes for clean at every seed: it puts the trigger where no window looks, and trains the
-# victim not to drift. Either alone was found. Beside clean weights the head still names its target, though that is no part of the
-# probability: whoever knows it can train around it. Without clean weights a spread trigger can pass too, and where the scattered one or the frame is
+# victim not to drift. Either alone was found. Beside clean weights its target is still the first of the suspected classes; but that is no part of
+# the probability, and whoever knows it can train around it. Without clean weights a spread trigger can pass too, and where the scattered one or the frame is
 # found, the target is seldom the class that is named. Victims trained not to drift are also what ABD-D does worst on, as it looks for what they were
 # trained against: what it leaves differs widely from seed to seed, and fine-tuning alone leaves less on average.
 #

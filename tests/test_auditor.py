@@ -119,6 +119,22 @@ def test_an_audit_can_be_stopped_and_says_so(runs: Path, monkeypatch: pytest.Mon
     assert ended(shown).startswith("stopped") and not shown._report.value
 
 
+def test_a_process_that_was_not_stopped_but_killed_says_by_what(runs: Path, monkeypatch: pytest.MonkeyPatch):
+    shown = Auditor(CONFIG, AuditInputs(checkpoint="x.safetensors"))
+    child(shown, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)", monkeypatch)
+    shown.controls["start"].click()
+    assert ended(shown) == "the audit&#x27;s process was ended by signal 9 (Killed)"
+
+
+@pytest.mark.parametrize("path", ["a\0b.safetensors", "a\ud800b.safetensors"], ids=["NUL", "surrogate"])
+def test_a_path_that_no_process_can_be_given_is_said_and_another_can_be_tried(path: str):
+    shown = Auditor(CONFIG, AuditInputs())
+    shown.controls["path"].value = path
+    shown.start()
+    assert shown._said.value.startswith("no audit of a") and shown.thread is None
+    assert shown.controls["stop"].disabled and not shown.controls["start"].disabled
+
+
 def test_a_failure_shows_as_its_last_line_made_harmless(runs: Path, monkeypatch: pytest.MonkeyPatch):
     shown = Auditor(CONFIG, AuditInputs(checkpoint="x.safetensors"))
     child(shown, "import sys; sys.exit('first\\ndamaged file: <script>\\x1b[31m')", monkeypatch)

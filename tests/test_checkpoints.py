@@ -94,6 +94,9 @@ FORMATS: dict[str, tuple[str, Callable[[dict, Path], object]]] = {
     "open_clip training": ("epoch_10.pt", lambda w, path: torch.save(training_checkpoint(w), path)),
     "CleanCLIP": ("epoch_10.pt", lambda w, path: torch.save(training_checkpoint(w, "module."), path)),
     "compiled": ("m.ckpt", lambda w, path: torch.save({"model": {f"_orig_mod.{k}": t for k, t in w.items()}}, path)),
+    "DDP compiled": ("m.pt", lambda w, path: torch.save({f"_orig_mod.module.{k}": t for k, t in w.items()}, path)),
+    "compiled in DDP": ("m.pt", lambda w, path: torch.save({f"module._orig_mod.{k}": t for k, t in w.items()}, path)),
+    "capitals": ("m.PT", torch.save),
     "scale of one element": (
         "m.pt",
         lambda w, path: torch.save({**w, "logit_scale": w["logit_scale"].reshape(1)}, path),

@@ -225,6 +225,16 @@ def test_a_slider_redraws_the_picture(case, monkeypatch):
     assert page.value != before and page.value.count("<img") == 2
 
 
+@pytest.mark.parametrize(
+    ("attack", "settings"), [("badnet", {"size": 0.75}), ("badnet", {"size": 1.0}), ("blended", {"alpha": 0.0008})]
+)
+def test_the_controls_show_the_attack_s_own_trigger_and_offer_only_ones_that_there_can_be(attack, settings):
+    trigger = TRIGGERS[attack].draw(resolution=64, target="banana", seed=0, position="own", **settings)
+    assert {name: control.value for name, control in explore._knob_widgets(trigger).items()} == knobs(trigger)
+    for name, values in explore._knob_stills(trigger).items():
+        assert [altered(trigger, **{name: value}).resolution for value in values] == [64] * len(values)
+
+
 @pytest.mark.usefixtures("small_stages")
 def test_the_explorer_follows_its_controls(tmp_path, monkeypatch):
     monkeypatch.delenv("ABD_STATIC", raising=False)

@@ -225,3 +225,48 @@ def test_a_folder_that_holds_something_is_left_alone(resnet: open_clip.CLIP, tmp
     with pytest.raises(RunError, match="a new or an empty folder is expected"):
         export(made(resnet), tmp_path)
     assert [path.name for path in tmp_path.iterdir() if path.name not in ("runs", "export-vit.json")] == ["note.txt"]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file.txt/out", "file.txt/out cannot be made: Not a directory"),
+        ("file.txt", "file.txt: a new or an empty folder is expected"),
+        ("nowhere", "nowhere: a new or an empty folder is expected"),
+        ("/proc/nope", "/proc/nope cannot be made: No such file or directory"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_named_in_one_line(
+    place: str, said: str, resnet: open_clip.CLIP, tmp_path: Path
+):
+    (tmp_path / "file.txt").write_text("mine")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunError) as error:
+        export(made(resnet), tmp_path / place)
+    assert str(error.value).endswith(said)
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["new", "empty"])
+def test_an_interrupted_export_leaves_nothing_and_can_be_repeated(
+    there: bool, vit: open_clip.CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(out: Path, **settings: object) -> None:
+        raise KeyboardInterrupt
+
+    run, out = made(vit), tmp_path / "exports" / "out"
+    if there:
+        out.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "_tokeniser", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export(run, out)
+    assert [path for path in tmp_path.joinpath("exports").rglob("*") if path != out] == [] and out.exists() == there
+    export(run, out)
+    assert (out / "README.md").is_file() and [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_that_is_a_link_stays_one(resnet: open_clip.CLIP, tmp_path: Path):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "own")
+    export(made(resnet), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "own" / "open_clip_model.safetensors").is_file()

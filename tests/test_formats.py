@@ -287,6 +287,16 @@ def test_every_mode_becomes_rgb(mode: str):
     assert decode(data.getvalue(), 24).shape == (3, 24, 24)
 
 
+def test_greys_of_16_bits_are_those_of_8():
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    data = io.BytesIO()
+    Image.fromarray(grey * 257).save(data, "PNG")
+    check(data.getvalue())
+    assert (decode(data.getvalue(), 16) == grey).all()
+    with pytest.raises(ImageError, match="damaged image"):
+        decode(data.getvalue()[:-30], 16)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_a_damaged_image_is_seen_by_the_check_as_by_the_decoder(kind: str):
     whole = miniature.picture(2, size=(200, 150), kind=kind)
@@ -342,6 +352,16 @@ def test_images_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(list(cache_dir().glob("damaged-*.csv"))) == 1
 
 
+def test_tables_of_one_name_in_two_folders_are_checked_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for folder in ("a", "b"):
+        name = Path(written(tmp_path / folder, "cleanclip")).name
+    damage(tmp_path / "b", ["00003"])
+    monkeypatch.chdir(tmp_path / "a")
+    assert len(loaded(name, max_damaged=0.1)) == 24
+    monkeypatch.chdir(tmp_path / "b")
+    assert len(loaded(name, max_damaged=0.1)) == 23
+
+
 def test_an_image_that_breaks_later_ends_training_in_one_line(tmp_path: Path):
     pairs = loaded(written(tmp_path / "a", "cleanclip"))
     damage(tmp_path / "a", ["00003"])
@@ -370,6 +390,17 @@ def test_a_manifest_holds_a_subset_and_gives_it_back(tmp_path: Path, capsys: pyt
     by_manifest, by_limit = loaded(address, manifest=str(tmp_path / "ten.csv")), loaded(address, limit=10)
     assert list(by_manifest.ids) == list(by_limit.ids) and by_manifest.digest == by_limit.digest
     assert len(by_limit) == 10 and len(loaded(address, manifest=str(tmp_path / "ten.csv"), limit=4)) == 4
+
+
+def test_a_manifest_that_a_spreadsheet_saved_is_one(tmp_path: Path):
+    (tmp_path / "m.csv").write_bytes(b"\xef\xbb\xbfid\r\na\r\nb\r\n\r\n")
+    assert formats.read_manifest(str(tmp_path / "m.csv")) == ["a", "b"]
+
+
+def test_a_manifest_below_a_file_is_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(RunError, match=r"file.txt/x.csv cannot be written: .*file.txt is no folder"):
+        formats.main([written(tmp_path / "a", "cleanclip"), "--manifest", str(tmp_path / "file.txt" / "x.csv")])
 
 
 def test_ids_that_a_spreadsheet_would_compute_are_stored_harmlessly_and_found_again(tmp_path: Path):

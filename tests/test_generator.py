@@ -208,6 +208,28 @@ def test_a_record_that_lacks_something_is_refused(tensor: str, metadata: dict | 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e4m3fn, torch.uint8, torch.uint16])
+def test_pixels_of_another_kind_than_floats_that_can_be_computed_with_are_refused(dtype: torch.dtype, tmp_path: Path):
+    pixels = {"delta": torch.zeros(3, 5, 5).to(dtype)}
+    save_file(pixels, tmp_path / "p.safetensors", metadata={"record": json.dumps(RECORD)})
+    with pytest.raises(RunError, match=f"no perturbation record .*{dtype}"):
+        Perturbation.load(tmp_path / "p.safetensors")
+
+
+def test_a_resolution_that_is_no_number_is_refused(tmp_path: Path):
+    record = {**RECORD, "resolution": True, "corner": [0, 0]}
+    save_file({"delta": torch.zeros(3, 1, 1)}, tmp_path / "p.safetensors", metadata={"record": json.dumps(record)})
+    with pytest.raises(RunError, match=r"no perturbation record .*images of True px"):
+        Perturbation.load(tmp_path / "p.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(), (4, 3, 5, 5)])
+def test_the_perturbation_on_the_way_or_a_number_is_not_taken_for_one(shape: tuple[int, ...], tmp_path: Path):
+    save_file({"delta": torch.zeros(shape)}, tmp_path / "p.safetensors", metadata={"record": json.dumps(RECORD)})
+    with pytest.raises(RunError, match=r"no perturbation record .*\(3, height, width\) expected"):
+        Perturbation.load(tmp_path / "p.safetensors")
+
+
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[: len(b) // 2], lambda b: b[:-1], lambda b: b[::-1]])
 def test_a_damaged_file_is_refused(damage, tmp_path: Path):
     RANDOM.save(tmp_path / "p.safetensors")

@@ -16,7 +16,7 @@ import open_clip
 import pytest
 import torch
 
-from abd_core import labelled
+from abd_core import labelled, sources
 from abd_core.config import AbdError, ConfigError
 from abd_core.formats import decode
 from abd_core.labelled import is_imagenet, load_labelled, read_labelled
@@ -167,6 +167,20 @@ def test_any_folders_are_a_test_set_with_a_file_of_names(form: str, tmp_path: Pa
     assert found.class_names == tuple(names)
     folders = [name.partition("/")[0] for name in found.table["id"].to_pylist()]
     assert [miniature.THINGS[label] for label in found.labels] == folders
+
+
+def test_folders_that_are_links_are_followed_but_in_no_circle(tmp_path: Path):
+    for name in ("cat", "dog"):
+        (tmp_path / "store" / name).mkdir(parents=True)
+        (tmp_path / "store" / name / "1.jpg").write_bytes(b"image")
+    (tmp_path / "val").mkdir()
+    for name, target in (("cat", "cat"), ("dog", "dog"), ("kitten", "cat")):
+        (tmp_path / "val" / name).symlink_to(tmp_path / "store" / target)
+    (tmp_path / "store" / "cat" / "up").symlink_to(tmp_path / "val")
+    (tmp_path / "store" / "dog" / "self").symlink_to(".")
+    found = dict(sources.listing(str(tmp_path / "val")))
+    assert {"cat/1.jpg", "dog/1.jpg", "kitten/1.jpg"} <= found.keys() and set(found.values()) == {5}
+    assert "dog/self/1.jpg" not in found and not any(path.count("cat/") > 1 for path in found)
 
 
 def test_what_is_no_test_set_is_refused_in_one_line(tmp_path: Path):

@@ -19,12 +19,13 @@ from safetensors.torch import load_file
 
 from abd_core.adversary import AdversaryConfig
 from abd_core.audit import AuditConfig, AuditInputs
+from abd_core.config import AbdError
 from abd_core.defend import DefendConfig
 from abd_core.explore import ExploreConfig
 from abd_core.fig2 import Fig2Config
 from abd_core.inputs import SuspectInputs
 from abd_core.models import EMBEDDED
-from abd_core.notebook import SHARED, summary
+from abd_core.notebook import SHARED, given_parameters, summary
 from abd_core.poison import PoisonConfig
 from abd_core.pretrain import PretrainConfig
 from abd_core.results import BenchmarksConfig, ResultsConfig
@@ -249,6 +250,31 @@ def test_a_wrong_number_in_a_notebook_makes_nbval_fail(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         results.append((done.returncode, "mismatch" in done.stdout))
     assert results == [(0, False), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("seed: 2021-13-45", "not YAML .month must be in 1..12"),
+        ("target: !!timestamp x", "not YAML"),
+        ("target: 2021-01-01", "'target' is of kind date: text, a number or a list of them expected"),
+        ("_seed: 3", "'_seed' is no parameter's name"),
+    ],
+)
+def test_parameters_that_no_notebook_would_see_are_refused_in_one_line(text, error, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(AbdError, match=rf"p.yaml: {error}"):
+        given_parameters([tmp_path / "p.yaml"], [])
+
+
+def test_a_private_name_on_the_command_line_is_refused():
+    with pytest.raises(AbdError, match="-p: '_seed' is no parameter's name"):
+        given_parameters([], [("_seed", "3")])
+
+
+def test_the_summary_s_command_shows_its_usage():
+    done = subprocess.run([sys.executable, "-m", "abd_core.notebook"], capture_output=True, text=True, check=False)
+    assert done.stderr == "usage: python -m abd_core.notebook EXECUTED.ipynb\n"
 
 
 def test_the_readme_shows_what_the_committed_notebook_printed():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import selectors
 import shutil
@@ -69,6 +70,21 @@ def test_an_atomic_write_that_fails_leaves_what_was_there_and_nothing_else(exist
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == ({"file.txt": "old"} if exists else {})
 
 
+def test_two_writers_of_one_process_id_do_not_share_a_temporary_file(tmp_path: Path):
+    with atomic(tmp_path / "a.txt") as first, atomic(tmp_path / "a.txt") as second:
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "a.txt").read_text() == "1"
+    assert first.match(".*.tmp")  # which is what `load_or_make` removes
+
+
+@pytest.mark.parametrize("folder", ["file.txt", "missing"])
+def test_a_file_that_has_no_folder_is_refused_in_one_line(folder: str, tmp_path: Path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(RunError, match=rf"x.csv cannot be written: {tmp_path / folder} is no folder$"):
+        write_json(tmp_path / folder / "x.csv", {})
+
+
 def test_json_comes_back_as_it_was_written(tmp_path: Path):
     record = {"ü": [1, 2.5, None, True], "a": {"b": "c"}}
     write_json(tmp_path / "r.json", record)
@@ -114,6 +130,11 @@ def test_a_finished_folder_holds_its_config_inputs_environment_metrics_and_check
     assert {"python", "torch", "open_clip", "device", "threads", "git_sha"} == record["environment"].keys()
     assert read_json(run.file("metrics.json")) == run.metrics
     assert set(read_json(run.file("manifest.json"))) == {"config.json", "half.txt", "sub/whole.txt"}
+
+
+def test_without_git_a_run_has_no_revision(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert paths.environment()["git_sha"] is None
 
 
 def test_what_was_left_to_resume_from_is_removed_at_the_end(runs: Path):
@@ -220,6 +241,19 @@ def test_a_record_that_is_no_json_is_refused_and_named(name: str, runs: Path):
     run.file(name).write_text("{")
     with pytest.raises(RunError, match=f"damaged file: {run.file(name)}"):
         made(Maker())
+
+
+def test_a_folder_that_is_removed_while_its_lock_is_waited_for_is_made_again(runs: Path, monkeypatch):
+    folder, flock, calls = made(Maker()).folder, fcntl.flock, []
+
+    def removed_meanwhile(lock: object, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:  # as its holder does whose input is bad
+            shutil.rmtree(folder)
+        flock(lock, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed_meanwhile)
+    assert made(Maker()).file("half.txt").exists()
 
 
 # --- two processes ------------------------------------------------------------------------------------------

@@ -102,6 +102,14 @@ def test_members_made_side_by_side_are_written_by_one_process_and_a_failure_leav
     assert rows == dict.fromkeys(["clean-04", "poisoned-04"], str(processes > 1))
 
 
+def test_a_victim_that_was_there_before_is_left(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(population, "make", stood_in)
+    (member,) = [member for member in small() if member.name == "poisoned-04"]
+    before = poison(member.config).folder
+    assert population.run([member], output=tmp_path / "audit.csv", audited=AUDITED) == []
+    assert (before / "model.safetensors").exists()
+
+
 def test_the_adaptive_victims_are_those_of_the_grid_beside_the_attacks_they_start_from():
     found = adaptive_members()
     cells = [cell for cell in GRIDS["adaptive"].cells() if cell.defence == "none"]
@@ -150,8 +158,16 @@ def test_several_triggers_are_all_in_the_ranked_pairs(stand_in: Path):
     assert len(named) == 2 and min(named) > 0 and sum(named) == int(poisoned.sum())
 
 
-def test_another_kind_of_table_is_refused(tmp_path):
-    (tmp_path / "t.csv").write_text("a,b\n1,2\n")
+HEADER = ",".join(population.COLUMNS)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["a,b\n1,2\n", "\xff\n", f"{HEADER}\n{',' * len(population.COLUMNS)}\n", f"{HEADER}\n1,2\n"],
+    ids=["other columns", "not UTF-8", "a cell too many", "cells too few"],
+)
+def test_another_kind_of_table_is_refused(content: str, tmp_path: Path):
+    (tmp_path / "t.csv").write_text(content, encoding="latin-1")
     with pytest.raises(AbdError, match="not a population"):
         read_rows(tmp_path / "t.csv")
 

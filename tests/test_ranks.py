@@ -12,10 +12,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import miniature
 import pandas as pd
 import pytest
 import torch
@@ -25,13 +27,14 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
 from abd_core import evaluate as evaluation
-from abd_core import launch, models, ranks, train
+from abd_core import formats, launch, models, ranks, train
 from abd_core.config import ConfigError
 from abd_core.data import load_pairs, load_test_set
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence, freeze_batch_norm
 from abd_core.defend import defend
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation
+from abd_core.labelled import load_labelled
 from abd_core.paths import RunError, read_json, sha256
 from abd_core.poison import PoisonConfig, poison
 from abd_core.train import Step, TrainConfig, fit
@@ -130,10 +133,26 @@ def program(stand_in: str, mode: str, *arguments: str) -> None:
         launch.main(list(arguments))
         return
     out = Path(arguments[0])
+    if mode == "read":  # with a first rank that is slow
+        with ranks.group():
+            for name in ("check", "decode") if ranks.first() else ():
+                setattr(formats, name, delayed(getattr(formats, name)))
+            pairs = load_image_pairs(arguments[1], resolution=24)
+            test = load_labelled(arguments[2], classes=arguments[3], split="eval", resolution=24, dev_share=0)
+            (out / f"{ranks.rank()}.json").write_text(json.dumps([pairs.digest, test.digest, test.images.tolist()]))
+        return
     with ranks.group():
         (out / f"{ranks.rank()}.json").write_text(json.dumps(counts(Path(stand_in))))
         full_precision()
         torch.save({case: gradients(case) for case in CASES}, out / f"{ranks.rank()}.pt")
+
+
+def delayed(call: Callable) -> Callable:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return call(*arguments)
+
+    return slow
 
 
 SEVERAL = [2, *(pytest.param(processes, marks=pytest.mark.long) for processes in (3, 4))]
@@ -326,6 +345,17 @@ def test_a_rank_reads_only_its_own_images_of_a_batch(runs: Path, tmp_path: Path,
     with ranks.shared_batch(4):
         own = pairs.images(order, seed=0, step=0)
     assert torch.equal(own[1::2], whole[1::2]) and not own[::2].any()
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_the_first_that_fills_the_cache(stand_in: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ABD_WORKERS", "1")
+    table = miniature.write_table(tmp_path / "pairs", "cleanclip", miniature.samples(4))
+    miniature.write_folders(tmp_path / "things", each=1)
+    (tmp_path / "names.txt").write_text("\n".join(miniature.THINGS))
+    read = [str(table), str(tmp_path / "things"), str(tmp_path / "names.txt")]
+    torchrun(2, str(stand_in), "read", str(tmp_path), *read)
+    assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 
 def test_a_rank_that_is_not_the_first_writes_nothing_and_shows_no_bar(
@@ -523,6 +553,7 @@ FAULTS = {
     "no stage": ({"config": {}}, "a JSON object with 'stage' and 'config' expected"),
     "unknown stage": ({"stage": "os"}, "unknown stage 'os'; known: defend, poison, pretrain"),
     "unknown argument": ({"stage": "defend", "victims": "a"}, "unknown argument of defend 'victims'; did you mean 'v"),
+    "missing argument": ({"stage": "defend"}, "job.json: defend needs 'victim': a path under that name expected"),
     "unknown setting": ({"stage": "poison", "config": {"epoch": 1}}, "unknown PoisonConfig parameter 'epoch'"),
 }
 

@@ -12,6 +12,7 @@ import torch
 from conftest import ARCHITECTURE
 
 from abd_core import models, plots, similarity
+from abd_core.config import ConfigError
 from abd_core.data import load_test_set
 from abd_core.evaluate import prompt_features, rate, zero_shot_weights
 from abd_core.similarity import COMPARISONS, PAIRINGS, Estimate
@@ -158,6 +159,12 @@ def test_images_of_the_target_class_are_left_out_and_all_others_are_in():
     others = [i for i, label in enumerate(LABELS.tolist()) if label != TARGET]
     for _, part in table.groupby("pairing"):
         assert part["image"].tolist() == others and part["label"].tolist() == LABELS[others].tolist()
+
+
+def test_without_two_classes_beside_the_target_no_caption_is_unrelated_and_one_line_says_so():
+    images, prompts = planted()
+    with pytest.raises(ConfigError, match="images of 1 classes beside the target, at least 2 expected"):
+        similarity.cosines(images, prompts, (LABELS > 2).long(), target=0, seed=0)
 
 
 def test_captions_are_drawn_by_the_seed():

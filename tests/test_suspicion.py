@@ -36,6 +36,14 @@ def test_local_intrinsic_dimensionality_is_the_dimension_of_a_uniform_cloud(dime
     assert estimates.median().item() == pytest.approx(dimension, rel=0.1)
 
 
+def test_a_dimension_needs_two_neighbours():
+    distances = neighbour_distances(unit(torch.randn(8, 4, generator=torch.Generator().manual_seed(0))), 1)
+    with pytest.raises(ValueError, match="from 1 nearest: at least 2 expected"):
+        local_intrinsic_dimensionality(distances)
+    with pytest.raises(ValueError, match="0 nearest: at least 1 expected"):
+        neighbour_distances(torch.zeros(8, 4), 0)
+
+
 def test_average_precision_by_hand():
     poisoned = torch.tensor([True, False, True, False])
     precision, recall = precision_recall(torch.tensor([4.0, 3, 2, 1]), poisoned)

@@ -435,6 +435,14 @@ def named(attack: str, record: str) -> dict[str, str]:
         (PATTERN, named("sig", record(amplitude=1.5))),
         (PATTERN, named("sig", record(amplitude="0.2"))),
         (PATTERN, named("blended-text", record(alpha=1))),
+        ({"pattern": torch.zeros(3, SIDE, 1)}, named("badnet", record(position="centre"))),
+        ({"pattern": torch.zeros(3, 8, 8)}, named("blended-text", record(alpha=0.5))),
+        ({"pattern": torch.zeros(3, 8, 8)}, named("sig", record(amplitude=0.2))),
+        ({"pattern": torch.zeros(3, 1, 1)}, named("badnet", record(position="centre").replace(f"{SIDE}", "true"))),
+        *(
+            ({"pattern": torch.zeros(3, 4, 4).to(dtype)}, named("badnet", record(position="centre")))
+            for dtype in (torch.complex64, torch.float8_e4m3fn, torch.uint8, torch.uint16, torch.uint64)
+        ),
     ],
 )
 def test_a_record_that_lacks_something_is_refused(tensors: dict, metadata: dict | None, tmp_path: Path):
