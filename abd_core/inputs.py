@@ -179,7 +179,7 @@ def resolution(weights: Path | None, config: TestInputs) -> int:
 
 def _named(weights: Path | None) -> str:
     """The architecture that a file of weights names; "" where it names none. Raises RunError where it is damaged."""
-    if weights is None or weights.suffix != ".safetensors":
+    if weights is None or weights.suffix.lower() != ".safetensors":
         return ""
     regular(weights)
     try:

@@ -111,7 +111,7 @@ def pretrained_weights(name: str, pretrained: str) -> Path:
         except Exception as error:  # of several libraries
             reason = " ".join(str(error).split())[:200]
             raise RunError(f"{name}, {pretrained}: no download: {type(error).__name__} {reason}") from None
-    if path.is_file() and path.suffix == ".safetensors" and (own := checkpoints.read(path).name):
+    if path.is_file() and path.suffix.lower() == ".safetensors" and (own := checkpoints.read(path).name):
         _check_name(name, own, path)
         return path  # one of ours
     parts = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]

@@ -144,6 +144,14 @@ def test_the_kernels_chapter_shows_the_figures_of_the_table_that_it_is_given():
     assert "777.77" in summary(Path("out.ipynb"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [lambda row: False, lambda row: row["benchmark"] == "infonce"])
+def test_the_kernels_chapter_runs_on_a_table_that_lacks_rows(kept):
+    table = pd.read_csv(BenchmarksConfig().path)
+    table[table.apply(kept, axis=1).astype(bool)].to_csv("few.csv", index=False)
+    run("07_kernels", {"benchmarks": "few.csv"})
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(name):
     shown = papermill.inspect_notebook(BOOK / f"{name}.ipynb")
@@ -173,6 +181,14 @@ def test_every_parameter_has_a_type_a_comment_and_the_default_of_its_setting(nam
         ("02_adversary", {"mode": "sticker"}, "ConfigError: AdversaryConfig.mode = 'sticker'"),
         ("03_defend", {"poison_rate": "lots"}, "ConfigError: PoisonConfig.rate = 'lots': float expected"),
         ("03_defend", {"checkpoint": "nowhere.pt"}, "RunError: missing file: nowhere.pt"),
+        (
+            "03_defend",
+            {"checkpoint": "x.pt", "attack": "blended"},
+            "ConfigError: checkpoint = 'x.pt': no attack is run",
+        ),
+        ("03_defend", {"batch_size": 4000}, "ConfigError: batch_size = 4000: at most 3522 expected"),
+        ("08_explore", {"results": "nowhere.csv"}, "RunError: missing file: nowhere.csv"),
+        ("10_audit", {"images": "nowhere"}, "RunError: missing folder: nowhere"),
         ("00_benchmark", {"epochs": 2}, "ConfigError: PretrainConfig.epochs: the committed base was trained otherwise"),
         ("08_explore", {"label": "catt"}, "ConfigError: unknown class 'catt'; did you mean 'cat'?"),
         ("10_audit", {"checkpoint": "nowhere.safetensors"}, "RunError: missing file: nowhere.safetensors"),

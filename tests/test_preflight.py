@@ -14,7 +14,7 @@ from abd_core import adversary as adversary_module
 from abd_core import formats, models, paths
 from abd_core import preflight as preflight_module
 from abd_core.adversary import AdversaryConfig
-from abd_core.config import AbdError
+from abd_core.config import AbdError, ConfigError
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.poison import PoisonConfig
 from abd_core.preflight import PreflightError, main, preflight
@@ -62,6 +62,11 @@ def test_the_embedded_benchmark_needs_none(stand_in: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
+def test_too_few_of_the_embedded_pairs_are_named_before_any_work(stand_in: Path):
+    with pytest.raises(ConfigError, match="batch_size = 64: at most 7 expected"):
+        preflight(PoisonConfig(), AdversaryConfig(), DefendConfig(share=0.001))
+
+
 @pytest.mark.slow
 def test_all_in_order_is_one_screen_with_hours_and_is_not_measured_twice(outside, capsys, monkeypatch):
     preflight(*configs(outside))
@@ -88,7 +93,7 @@ def refused(capsys: pytest.CaptureFixture, *given) -> dict[str, str]:
         preflight(*given)
     assert "\n" not in str(error.value)
     failed = {name: line for name, line in screen(capsys).items() if line.startswith("FAIL")}
-    assert all(name in str(error.value) for name in failed)
+    assert all(f"{name}: {line[18:]}" in str(error.value) for name, line in failed.items())
     assert not list(paths.cache_dir().glob("preflight-*"))
     return failed
 
