@@ -273,6 +273,10 @@ def _rehearsed(config: Any, clean: Path, pairs: TrainingPairs, test: TestSet) ->
     text = f"{hours:.2g} hours: {total} steps, {rate:.3g} pairs/s with {formats.workers()} workers; {_memory()}"
     if (processes := getattr(config, "num_processes", 1)) > 1:
         text += f"; all of one process, not of {processes}"
+    if getattr(config, "quiet_weight", 0):
+        text += "; without the perturbed images of quiet_weight, which take about as long again"
+    if getattr(config, "normal", "clean") == "fine-tuned":
+        text += "; without the fine-tuning that stands in for clean weights"
     return text, hours
 
 

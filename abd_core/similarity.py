@@ -66,7 +66,8 @@ def jackknife(
     """A smooth function of the mean row, with the interval of the jackknife that leaves out a cluster at a time.
 
     Half its width is z sqrt((G - 1) / G sum_g (s_g - mean s)^2), where s_g is the statistic without cluster g of G
-    (Efron and Stein 1981). For the mean of single trials that is the textbook's z s / sqrt(n).
+    (Efron and Stein 1981). For the mean of single trials that is the textbook's z s / sqrt(n): too narrow for few
+    clusters, of which Student's distribution would ask for more.
 
     Args:
         statistic: maps mean rows (..., P) to (...).

@@ -245,11 +245,17 @@ def test_few_batches_and_a_single_one_have_a_rate_too(monkeypatch: pytest.Monkey
         assert timed.seconds() == pytest.approx(3.0)
 
 
-def test_figures_of_one_process_are_said_to_be_where_several_will_train(outside, capsys):
-    preflight(*configs(outside)[:1])
-    assert "one process" not in screen(capsys)["poison"]
-    preflight(configs(outside)[0].replace(num_processes=2))
+def test_figures_say_what_they_leave_out(outside, capsys):
+    poison, adversary, _ = configs(outside)
+    preflight(poison)
+    whole = screen(capsys)["poison"]
+    assert "one process" not in whole and "without" not in whole
+    preflight(poison.replace(num_processes=2))
     assert screen(capsys)["poison"].endswith("all of one process, not of 2")
+    preflight(poison.replace(quiet_weight=1.0))
+    assert "without the perturbed images of quiet_weight" in screen(capsys)["poison"]
+    preflight(adversary.replace(normal="fine-tuned"))
+    assert screen(capsys)["adversary"].endswith("without the fine-tuning that stands in for clean weights")
 
 
 @pytest.mark.slow
