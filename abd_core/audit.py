@@ -41,7 +41,7 @@ from abd_core.text import TEMPLATES
 from abd_core.verdict import Verdict, clean_below, judge
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-DEGENERATE = 0.5  # a model that gives more than this share of clean images to one of many classes does not work
+DEGENERATE = 0.5  # a model that gives more than this share of clean images to one class is no working classifier
 BOUND = 8 / 255  # of a recovered additive trigger
 
 
@@ -281,7 +281,7 @@ def audit(config: AuditConfig, inputs: AuditInputs, *, force: bool = False) -> R
             "classes": [names[k] for k in ranked[:10]],
             "suspicion": {name: [round(s[k].item(), 3) for k in ranked[:10]] for name, s in scores.items()},
             "recovered": {"kind": found.perturbation.mode, "asr": found.asr and dataclasses.asdict(found.asr)},
-            "works": bool(shares.max().item() <= max(DEGENERATE, 2 / len(names))),
+            "works": bool(shares.max().item() <= DEGENERATE),
             "largest_share": shares.max().item(),
             "images": len(images),
             "class_count": len(names),

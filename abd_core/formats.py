@@ -128,7 +128,7 @@ def open_image(data: bytes) -> Image.Image:
     if image.mode in ("I", "I;16"):
         try:  # PIL's own conversion makes whatever is above 255 white
             return image.point(lambda grey: grey * (1 / 257) + 0.5).convert("L")
-        except Exception as error:
+        except Exception as error:  # PIL raises many kinds for a damaged file
             raise ImageError(f"damaged image: {_line(error)}") from None
     return image
 

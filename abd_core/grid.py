@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     Executor,
@@ -428,6 +428,18 @@ def rows(cell: Cell, job: Job, published: Mapping[tuple[str, str, str], float]) 
 
 def read_table(path: Path) -> list[dict[str, str]]:
     """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
+    table = read_cells(path, COLUMNS, "table of the grid")
+    if not all(row["seed"].isdecimal() for row in table):
+        raise AbdError(f"{path}: not a table of the grid: a seed is no whole number")
+    return table
+
+
+def read_cells(path: Path, columns: Collection[str], kind: str) -> list[dict[str, str]]:
+    """The rows of a CSV with these columns and no others, none where there is no such file.
+
+    Raises:
+        AbdError: it is another file, not a `kind`.
+    """
     if not path.exists():
         return []
     regular(path)
@@ -436,10 +448,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
             reader = csv.DictReader(f)
             table = list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise AbdError(f"{path}: not a table of the grid: no CSV ({error})") from None
+        raise AbdError(f"{path}: not a {kind}: no CSV ({error})") from None
     whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
-    if reader.fieldnames != list(COLUMNS) or not whole or not all(row["seed"].isdecimal() for row in table):
-        raise AbdError(f"{path}: not a table of the grid; its columns shall be {','.join(COLUMNS)}")
+    if reader.fieldnames != list(columns) or not whole:
+        raise AbdError(f"{path}: not a {kind}; its columns shall be {','.join(columns)}")
     return table
 
 

@@ -86,8 +86,9 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     if not os.path.isdir(path.parent):
         raise RunError(f"{path} cannot be written: {path.parent} is no folder")
-    # Nobody has that name: containers that share the folder have the same process ids, and no link can be planted.
+    # A name of its own: containers that share the folder have the same process ids.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary.unlink(missing_ok=True)  # whatever lies there, a link perhaps, is not written through
     try:
         yield temporary
         if not ranks.first():

@@ -29,8 +29,8 @@ from abd_core.audit import AuditConfig, AuditInputs, audit, looked_at, observed_
 from abd_core.config import AbdError, digest
 from abd_core.data import CELL, class_names, load_pairs, rng
 from abd_core.detectors import Decree
-from abd_core.grid import GRIDS, Cell, command, pooled
-from abd_core.paths import Run, atomic, read_json, regular, runs_dir, sha256, shown, versions
+from abd_core.grid import GRIDS, Cell, command, pooled, read_cells
+from abd_core.paths import Run, atomic, read_json, runs_dir, sha256, shown, versions
 from abd_core.poison import PoisonConfig, further_triggers, planted, poison, poisoned_places
 from abd_core.results import VICTIM
 from abd_core.text import TEMPLATES
@@ -277,19 +277,7 @@ def row(member: Member, model: Run, run: Run, audited: AuditConfig, found: Mappi
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     """The rows at `path`, none where there is no such file. Raises AbdError where it is another kind of table."""
-    if not path.exists():
-        return []
-    regular(path)
-    try:
-        with path.open(newline="", encoding="utf-8") as f:
-            reader = csv.DictReader(f)
-            table = list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise AbdError(f"{path}: not a population of audits: no CSV ({error})") from None
-    whole = all(None not in row and None not in row.values() for row in table)  # no cell too many or too few
-    if reader.fieldnames != list(COLUMNS) or not whole:
-        raise AbdError(f"{path}: not a population of audits; its columns shall be {','.join(COLUMNS)}")
-    return table
+    return read_cells(path, COLUMNS, "population of audits")
 
 
 def write_row(path: Path, made: dict[str, Any]) -> None:

@@ -231,8 +231,9 @@ def _trigger(config: PoisonConfig, test: TestSet) -> tuple[str, None]:
     triggered = trigger(clean.float() / 255).mul(255).round().to(torch.uint8)
     changed = (triggered != clean).any(1).float().mean((1, 2))
     strength = (triggered.float() - clean.float()).abs().amax((1, 2, 3)).mean().item()
-    if not changed.median() > 0:  # some blank image may be left by an attack that moves pixels
-        raise AbdError(f"attack {config.attack!r} leaves images of {size} px as they are, once stored in 8 bits")
+    blank = (clean == clean[..., :1, :1]).flatten(1).all(1)  # which an attack that moves pixels leaves
+    if blank.all() or not changed[~blank].min() > 0:
+        raise AbdError(f"attack {config.attack!r} leaves an image of {size} px as it is, once stored in 8 bits")
     text = f"{config.attack} changes {changed.mean():.1%} of an image's pixels, by up to {strength:.0f} of 255 levels"
     return f"{text}; put on at {size} px, after resizing", None
 

@@ -622,6 +622,17 @@ def _(den: Den) -> None:
     measure(den.here / "m.safetensors")
 
 
+def test_a_link_planted_under_the_name_of_a_temporary_file_is_not_written_through(
+    den: Den, monkeypatch: pytest.MonkeyPatch
+):
+    target = den.here / "record.json"
+    monkeypatch.setattr(paths.secrets, "token_hex", lambda size: "guessed")
+    target.with_name(".record.json.guessed.tmp").symlink_to(den.put("thesis.txt", PRECIOUS))
+    paths.write_json(target, {"a": 1})
+    assert (den.here / "thesis.txt").read_bytes() == PRECIOUS
+    assert paths.read_json(target) == {"a": 1} and not target.is_symlink()
+
+
 def test_a_link_within_a_run_folder_that_is_made_anew_loses_itself_and_not_its_target(den: Den):
     run = measure(den.victim)
     elsewhere = den.here / "elsewhere"

@@ -91,12 +91,6 @@ def assert_close(
         assert error <= tolerance * max(wanted.abs().max().item(), floor)
 
 
-def deviation(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-    """The largest difference, of the largest value."""
-    pairs = zip(ours, theirs, strict=True)
-    return max(((got.double() - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in pairs)
-
-
 def called(impl: str, settings: dict[str, Any]) -> Callable[..., torch.Tensor]:
     return lambda q, k, s, p=None: info_nce(q, k, s, positives=p, impl=impl, **settings)
 
@@ -415,11 +409,7 @@ def test_on_a_gpu_large_batches_are_right_and_fit(dtype: torch.dtype):
     before = torch.cuda.memory_allocated()
     ours = with_gradients(called("triton", settings), tensors)
     assert torch.cuda.max_memory_allocated() - before < 3 * infonce_triton.BUFFER_BYTES
-    if dtype == torch.float32:  # at this size, its own rounding passes the tolerance: plain torch's is the measure
-        plain = with_gradients(open_clip.ClipLoss(), tensors)
-        assert deviation(ours, wanted) <= 1.5 * deviation(plain, wanted)
-    else:
-        assert_close(ours, wanted, TOLERANCE[dtype])
+    assert_close(ours, wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from abd_core import formats, models, paths
 from abd_core import preflight as preflight_module
 from abd_core.adversary import AdversaryConfig
 from abd_core.config import AbdError, ConfigError
+from abd_core.data import load_test_set
 from abd_core.defences import DEFENCES, DefendConfig
 from abd_core.poison import PoisonConfig
 from abd_core.preflight import PreflightError, main, preflight
@@ -62,6 +64,16 @@ def test_the_embedded_benchmark_needs_none(stand_in: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
+def test_a_blank_image_among_others_is_no_reason_to_refuse_an_attack_that_moves_pixels(stand_in: Path):
+    test, line = load_test_set("dev"), preflight_module._trigger
+    images = test.images.clone()
+    images[0] = 255
+    assert "wanet changes" in line(PoisonConfig(attack="wanet"), dataclasses.replace(test, images=images))[0]
+    images[:] = 255
+    with pytest.raises(AbdError, match="leaves an image"):
+        line(PoisonConfig(attack="wanet"), dataclasses.replace(test, images=images))
+
+
 def test_too_few_of_the_embedded_pairs_are_named_before_any_work(stand_in: Path):
     with pytest.raises(ConfigError, match="batch_size = 64: at most 7 expected"):
         preflight(PoisonConfig(), AdversaryConfig(), DefendConfig(share=0.001))
@@ -105,7 +117,7 @@ def refused(capsys: pytest.CaptureFixture, *given) -> dict[str, str]:
         ({"test_images": "nowhere"}, "test images", "missing file: nowhere"),
         ({"limit": 61}, "pairs", "limit = 61"),
         ({"target": "bananna"}, "target", "did you mean 'banana'"),
-        ({"attack": "blended", "blend_alpha": 1e-4}, "trigger", "leaves images of 64 px as they are"),
+        ({"attack": "blended", "blend_alpha": 1e-4}, "trigger", "leaves an image of 64 px as it is"),
     ],
 )
 def test_what_is_missing_or_would_not_work_is_named(changes, check, line, outside, capsys, monkeypatch):
