@@ -84,7 +84,9 @@ print("largest error of a column:", (columns - logits.logsumexp(0)).abs().max().
 # `info_nce` in Triton makes a tile with the tensor cores, in float32 registers, whatever the features' precision. A first kernel writes each tile's
 # row and column sums, and they are put together in a fixed order: no atomics, so the same inputs give the same bits. A second one
 # makes the tile again, turns it into $p$, and writes it in the features' precision into a buffer of some rows, from which the matrix library makes $P k$
-# and $P^\top q$. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same. In float32 there
+# and $P^\top q$. The positives' $p - 1$ has no part in that: it would be rounded to the features' precision, and where a product adds up thousands of
+# small numbers in float32, one that is nearly 1 makes it round all that follow at its own size. A third kernel adds the positives' part afterwards, in
+# float32. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same. In float32 there
 # are no tensor cores without TF32, and the matrix library alone is faster than the kernel: large batches go there unless the kernel is asked for. A
 # backward pass all in one kernel, which would not write $p$ at all, has not been built and so not been compared.
 #
@@ -208,7 +210,8 @@ for device, part in measured.groupby("device", sort=False):
         print(f"{device}: {benchmark}: {missing}" if missing else f"{device}: {benchmark}: complete")
 
 # %% [markdown]
-# The H200's rows of InfoNCE from 65,536 on are of a run of their own. memeff's kernel does not fit this GPU in float32 at $D = 1024$, so it has no rows
+# The H200's rows of InfoNCE from 65,536 on are of a run of their own. All of them are from before the positives were left out of the products: a small
+# kernel and a sum now take the place of a product of the features' size and its sum. memeff's kernel does not fit this GPU in float32 at $D = 1024$, so it has no rows
 # of that.
 #
 # ### By the clock

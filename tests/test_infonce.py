@@ -113,6 +113,28 @@ def test_loss_and_gradients_are_those_of_the_whole_matrix(case: str, precision: 
     assert_close(ours, wanted, TOLERANCE[dtype], floor=tensors[2].item() if rounded else 1e-3)
 
 
+@pytest.mark.parametrize(("precision", "keys", "tolerance"), [("single", 8192, 5e-7), ("half", 64, 8e-5)])
+def test_a_positive_is_not_rounded_with_the_others_nor_they_with_it(
+    precision: str, keys: int, tolerance: float, monkeypatch: pytest.MonkeyPatch
+):
+    """The others would be where a product adds in its order, as a GPU's does: each at the size of the sum so far."""
+
+    def in_order(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(a), b.shape[1], device=DEVICE)
+        for column, row in zip(a.float().T, b.float(), strict=True):
+            out.addr_(column, row)
+        return out
+
+    monkeypatch.setattr(infonce_triton, "_product", in_order)
+    impl, dtype = runs_here("triton"), torch.float32 if precision == "single" else half_of("triton")
+    tensors = [features(64, 64, 0, dtype), features(keys, 64, 1, dtype), torch.tensor(1.0, device=DEVICE)]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    wanted = torch.autograd.grad(reference(*exact), exact[:2])
+    _, *ours, _, _ = infonce._op(*tensors, None, 1.0, 0.0, 0, True, impl)
+    for got, right in zip(ours, wanted, strict=True):  # float32, before they take the features' dtype
+        assert (got / 64 - right).abs().max() <= tolerance * right.abs().max()
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chunk", [1, 1 << 30])
 def test_gradients_are_those_of_finite_differences(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch):
@@ -340,6 +362,15 @@ types = {**numbers, **dict.fromkeys(fixed, "constexpr")}
 signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
 source = ASTSource(kernel, signature, {(kernel.arg_names.index(name),): value for name, value in fixed.items()})
 print(kernel.__name__, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
+
+kernel, fixed = kernels._own_kernel, {"BLOCK": kernels.OWN_BLOCK, "ROWS": True, "COLUMNS": True}
+numbers = {"dim": "i32", "row_weight": "fp32", "column_weight": "fp32"}
+for separate in (True, False):
+    types = {**numbers, **dict.fromkeys([*fixed, "OWN"], "constexpr"), "q": "*bf16", "p": "*bf16"}
+    signature = {name: types.get(name, "*fp32") for name in kernel.arg_names}
+    constants = {(kernel.arg_names.index(name),): value for name, value in {**fixed, "OWN": separate}.items()}
+    source = ASTSource(kernel, signature, constants)
+    print(kernel.__name__, len(triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]))
 """
 
 
@@ -348,7 +379,7 @@ def test_kernels_compile_for_gpus_without_spilling_registers():
     child = start_python(COMPILE, TRITON_INTERPRET="0")
     out, err = child.communicate(timeout=600)
     assert child.returncode == 0, err
-    assert len(out.splitlines()) == 9
+    assert len(out.splitlines()) == 11
 
 
 BAD: dict[str, tuple[Callable[..., object], str]] = {

@@ -2,8 +2,10 @@
 
 Forward: each tile of q @ k.T gives its rows' and its columns' log-sum-exp; the tiles' are then put together in a fixed
 order, without atomics. Gradients: the tile is made again, turned into the gradient of the logits, and written in the
-features' dtype into a buffer of some rows, from which two matrix products make the gradients of queries and keys. What
-is small is put together by few launches, since at small batches they are what takes the time.
+features' dtype into a buffer of some rows, from which two matrix products make the gradients of queries and keys. The
+positives are left out of the products and added afterwards: a probability less 1 among thousands of small ones would
+be rounded to the features' dtype, and would make a running sum round all that follow it at its own size. What is small
+is put together by few launches, since at small batches they are what takes the time.
 
 Logits and their sums are kept in units of log2(e), so that their exponentials are powers of 2.
 """
@@ -22,6 +24,7 @@ PARTIALS = 1 << 26  # how many of the columns' partial sums there may be at a ti
 BLOCKS = {2: (128, 128, 64), 4: (64, 64, 32)}  # bytes of a number -> rows, columns and features of a tile
 SUMS_WARPS, GRADIENT_WARPS, NUM_STAGES = 4, 8, 3
 LOG2E = math.log2(math.e)
+OWN_BLOCK = 1024  # features that a program adds a positive's part to at a time
 COMBINED, PARTS = 128, 16  # log-sum-exps that a program puts together, and how many parts of each at a time
 GROUP = 8  # tiles of so many blocks of rows come after one another, so that blocks of keys are read from the cache
 
@@ -171,7 +174,7 @@ def _gradient_kernel(
     own,
     row_sums,  # (B,)
     column_sums,  # (N,)
-    out,  # (rows of the buffer, N): gradient of the logits, times B
+    out,  # (rows of the buffer, N): gradient of the logits, times B, and 0 where the positives lie
     first,
     batch,
     count,
@@ -203,10 +206,50 @@ def _gradient_kernel(
     if COLUMNS:
         sums = tl.load(column_sums + columns, mask=columns < count, other=0.0)
         share += column_weight * tl.exp2(logits - sums[None, :])
-    # Separate positives have no part in the products with the keys.
-    share = tl.where(positive, 0.0 if OWN else share - (row_weight + column_weight), share)
+    share = tl.where(positive, 0.0, share)
     at = out + (rows - first).to(tl.int64)[:, None] * count + columns[None, :]
     tl.store(at, share.to(out.dtype.element_ty), mask=(rows < batch)[:, None] & (columns < count)[None, :])
+
+
+@triton.jit
+def _own_kernel(
+    q,
+    p,  # (B, dim) positives
+    own,
+    row_sums,  # (B,)
+    column_sums,  # (B,)
+    dq,
+    dp,  # (B, dim): written where OWN, else added to, being rows of the keys' gradient
+    terms,  # (B,) of the scale's gradient
+    dim,
+    row_weight,
+    column_weight,
+    BLOCK: tl.constexpr,
+    OWN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Add a positive's part to the gradients of its row, and take the row's product with q."""
+    row = tl.program_id(0).to(tl.int64)
+    logit = tl.load(own + row)
+    pull = 0.0
+    if ROWS:
+        pull += row_weight * (tl.exp2(logit - tl.load(row_sums + row)) - 1)
+    if COLUMNS:
+        pull += column_weight * (tl.exp2(logit - tl.load(column_sums + row)) - 1)
+    inner = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, dim, BLOCK):
+        at, mask = row * dim + start + inner, start + inner < dim
+        query = tl.load(q + at, mask=mask, other=0.0).to(tl.float32)
+        of_query = tl.load(dq + at, mask=mask, other=0.0) + pull * tl.load(p + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dq + at, of_query, mask=mask)
+        of_key = pull * query
+        if not OWN:
+            of_key += tl.load(dp + at, mask=mask, other=0.0)
+        tl.store(dp + at, of_key, mask=mask)
+        total += of_query * query
+    tl.store(terms + row, tl.sum(total))
 
 
 def forward(
@@ -302,17 +345,14 @@ def forward(
             dq = _product(share, k)
         of_keys = _product(share.T, q[start:end])
         dk = dk + of_keys if start else of_keys
-    dp = own.new_empty(0)
-    if positives is not None:
-        pull = own.new_full((batch,), -(row_weight + column_weight))
-        if row_weight:
-            pull += row_weight * (own - rows).exp2()
-        if column_weight:
-            pull += column_weight * (own - columns).exp2()
-        dp = pull[:, None] * q
-        dq += pull[:, None] * positives
+    # Of separate positives, dp is a gradient of its own; else it is their part of the keys'.
+    where = slice(offset, offset + batch)
+    p, dp = (k[where], dk[where]) if positives is None else (positives.contiguous(), torch.empty_like(dq))
+    given = (dim, row_weight, column_weight, OWN_BLOCK, *(fixed[name] for name in ("OWN", "ROWS", "COLUMNS")))
+    of_scale = torch.empty_like(own)
+    _own_kernel[(batch,)](q, p, own, rows, columns, dq, dp, of_scale, *given)
     # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
-    return loss, dq, dk, (dq * q).sum(), dp
+    return loss, dq, dk, of_scale.sum(), own.new_empty(0) if positives is None else dp
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
