@@ -2,13 +2,11 @@
 
 ABD, ABD-D and the audit all look for perturbations of whole sets of images that move the victim and not the clean
 model. This attacker looks for them too, while poisoning, and trains their effect away: universal adversarial training
-(Shafahi et al. 2020) in which pixels and weights are updated from one backward pass, on the disagreement that ABD-D
+(Shafahi et al. 2020) in which pixels and weights are updated together, step by step, on the disagreement that ABD-D
 searches (`disagreement`).
 """
 
 from __future__ import annotations
-
-import functools
 
 import open_clip
 import torch
@@ -32,6 +30,7 @@ class Quiet:
     def __init__(self, model: open_clip.CLIP, clean: open_clip.CLIP, *, seed: int) -> None:
         """`clean` is frozen; `model` has no buffers of these names."""
         self.model, self.clean, self.seed = model, clean, seed
+        self.pixels: list[torch.Tensor] = []  # of the last batch
         size = models.resolution(clean)
         for name in ("quiet_window", "quiet_field"):
             model.register_buffer(name, torch.zeros(3, size, size, device=models.device()))
@@ -41,31 +40,24 @@ class Quiet:
         del self.model.quiet_window, self.model.quiet_field
 
     def perturbed(self, images: torch.Tensor, step: int) -> torch.Tensor:
-        """One half of images (B, 3, R, R) under windows, the other under the field.
-
-        The next backward pass moves the pixels one signed step up its loss. Through their features that is the shift;
-        where BatchNorm trains, plain images share the batch's moments with them, and the loss of those enters too.
-        """
+        """One half of images (B, 3, R, R) under windows, the other under the field."""
         source = rng(self.seed, "quiet", step)
         window, field = self.model.quiet_window, self.model.quiet_field
         if step % RESTART == 0:
             window.copy_(torch.rand(window.shape, generator=source))
             field.copy_(BOUND * (2 * torch.rand(field.shape, generator=source) - 1))
-        pixels = [stored.clone().requires_grad_() for stored in (window, field)]
-
-        limits = ((STEP, 0.0, 1.0), (STEP * BOUND, -BOUND, BOUND))
-        for leaf, stored, (length, low, high) in zip(pixels, (window, field), limits, strict=True):
-            climb = functools.partial(_climb, stored=stored, length=length, low=low, high=high)
-            leaf.register_post_accumulate_grad_hook(climb)
-        return Disagreement(pixels[0], pixels[1], SIDES)(images, source)
+        self.pixels = [stored.clone().requires_grad_() for stored in (window, field)]
+        return Disagreement(self.pixels[0], self.pixels[1], sides=SIDES)(images, source)
 
     def shift(self, features: torch.Tensor, perturbed: torch.Tensor) -> torch.Tensor:
-        """Mean of 1 - cosine of the victim's unit features (B, D) of the perturbed images and the clean model's."""
-        return 1 - (features * models.encode_image(self.clean, perturbed)).sum(-1).mean()
+        """Mean of 1 - cosine of the victim's unit features (B, D) of `perturbed` images and the clean model's.
 
-
-@torch.no_grad()
-def _climb(leaf: torch.Tensor, *, stored: torch.Tensor, length: float, low: float, high: float) -> None:
-    """Move `stored` pixels one signed step up the gradient that `leaf`, their copy in a loss, has received."""
-    assert leaf.grad is not None
-    stored.add_(length * ranks.summed(leaf.grad).sign()).clamp_(low, high)
+        The pixels move one signed step up it. They have a backward pass of their own: where BatchNorm trains, plain
+        images share the batch's moments with the perturbed ones, and the loss of those is not what is searched.
+        """
+        away = 1 - (features * models.encode_image(self.clean, perturbed)).sum(-1).mean()
+        grads = torch.autograd.grad(away, self.pixels, retain_graph=True)
+        limits = {"quiet_window": (STEP, 0.0, 1.0), "quiet_field": (STEP * BOUND, -BOUND, BOUND)}
+        for grad, (name, (length, low, high)) in zip(grads, limits.items(), strict=True):
+            self.model.get_buffer(name).add_(length * ranks.summed(grad).sign()).clamp_(low, high)
+        return away

@@ -312,19 +312,33 @@ def test_the_pixels_of_a_quiet_attacker_climb_to_where_the_victim_leaves_the_cle
         perturbed = silent.perturbed(images, step)
         return silent.shift(models.encode_image(victim, perturbed), perturbed)
 
-    def held() -> float:
-        """Under the present pixels, with the windows of one step."""
-        return shift(1).item()
-
     shift(0)  # draws them
-    before = held()
-    for step in range(1, quiet.RESTART):
-        shift(step).backward()
-    assert held() > before + 0.002
+    before = shift(1).item()
+    for step in range(2, quiet.RESTART):
+        shift(step)
+    assert shift(1).item() > before + 0.002  # under the windows of the same step
     assert victim.quiet_window.min() >= 0 and victim.quiet_window.max() <= 1
     assert victim.quiet_field.abs().max() <= quiet.BOUND
     silent.close()
     assert not [name for name in victim.state_dict() if "quiet" in name]
+
+
+def test_a_quiet_attacker_s_pixels_climb_the_shift_alone_where_batchnorm_mixes_it_with_other_losses(
+    stand_in: Path, fp32: None
+):
+    victim, base = (models.load(stand_in / f"{name}.safetensors") for name in ("victim", "base"))
+    silent, images = quiet.Quiet(victim.train(), base, seed=0), load_pairs(64).images(torch.arange(32), seed=0, step=0)
+    perturbed = silent.perturbed(images, 0)
+    before = [leaf.detach().clone() for leaf in silent.pixels]
+    plain, answers = models.encode_image(victim, torch.cat([images, perturbed])).chunk(2)
+    away = silent.shift(answers, perturbed)
+    loss = away + (plain @ plain.T).logsumexp(1).mean()
+    loss.backward(retain_graph=True)
+    alone, mixed = (torch.autograd.grad(value, silent.pixels, retain_graph=True) for value in (away, loss))
+    for i, stored in enumerate((victim.quiet_window, victim.quiet_field)):
+        moved = stored - before[i]
+        assert (moved * alone[i] >= 0).all() and (moved * alone[i] > 0).any()
+        assert (moved * mixed[i] < 0).any()
 
 
 def test_a_quiet_attack_goes_on_after_a_break_as_if_there_had_been_none(

@@ -348,9 +348,8 @@ def forward(
     # Of separate positives, dp is a gradient of its own; else it is their part of the keys'.
     where = slice(offset, offset + batch)
     p, dp = (k[where], dk[where]) if positives is None else (positives.contiguous(), torch.empty_like(dq))
-    given = (dim, row_weight, column_weight, OWN_BLOCK, *(fixed[name] for name in ("OWN", "ROWS", "COLUMNS")))
-    of_scale = torch.empty_like(own)
-    _own_kernel[(batch,)](q, p, own, rows, columns, dq, dp, of_scale, *given)
+    of_scale, used = torch.empty_like(own), {name: fixed[name] for name in ("OWN", "ROWS", "COLUMNS")}
+    _own_kernel[(batch,)](q, p, own, rows, columns, dq, dp, of_scale, dim, *weights, OWN_BLOCK, **used)
     # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
     return loss, dq, dk, of_scale.sum(), own.new_empty(0) if positives is None else dp
 
