@@ -139,7 +139,7 @@ def encoded(
     if _split.micro and torch.is_grad_enabled():
 
         def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-            return nullcontext(), _running_statistics_left_alone(model)
+            return nullcontext(), _StatisticsLeftAlone(model)
 
         parts = [checkpoint(encode, part, use_reentrant=False, context_fn=contexts) for part in own.split(_split.micro)]
         features = torch.cat(parts)
@@ -218,17 +218,20 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 # --- BatchNorm ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _running_statistics_left_alone(model: torch.nn.Module) -> Iterator[None]:
-    """BatchNorm computes as it does in training and updates copies: its inputs come a second time."""
-    modules = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
-    kept = [dict(m._buffers) for m in modules]
-    for module, buffers in zip(modules, kept, strict=True):
-        module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for module, buffers in zip(modules, kept, strict=True):
+class _StatisticsLeftAlone(AbstractContextManager):
+    """BatchNorm computes as it does in training and updates copies: its inputs come again, once a backward pass."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modules = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
+        self.kept = [dict(m._buffers) for m in self.modules]
+        for module, buffers in zip(self.modules, self.kept, strict=True):
+            module._buffers.update({name: b if b is None else b.clone() for name, b in buffers.items()})
+
+    def __exit__(self, *_: object) -> None:
+        for module, buffers in zip(self.modules, self.kept, strict=True):
             module._buffers.update(buffers)
 
 

@@ -341,6 +341,15 @@ def test_a_quiet_attacker_s_pixels_climb_the_shift_alone_where_batchnorm_mixes_i
         assert (moved * mixed[i] < 0).any()
 
 
+def test_a_quiet_attack_may_encode_some_rows_at_a_time(stand_in: Path, fp32: None, monkeypatch: pytest.MonkeyPatch):
+    """With statistics that are held still, they are the same but for rounding."""
+    original = torch.nn.Module.train
+    monkeypatch.setattr(torch.nn.Module, "train", lambda module, mode=True: original(module, False))
+    whole, parts = (poison(POISON.replace(quiet_weight=1.0, epochs=1, micro_batch=size)) for size in (0, 8))
+    shifts = [pd.read_csv(run.file("history.csv"))["shift"] for run in (whole, parts)]
+    assert shifts[1].to_numpy() == pytest.approx(shifts[0].to_numpy(), rel=1e-4)
+
+
 def test_a_quiet_attack_goes_on_after_a_break_as_if_there_had_been_none(
     stand_in: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
 ):
