@@ -35,6 +35,7 @@ TEMPLATES = tuple(template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPL
 # SHA-256 of the 1,000 sorted WordNet ids of ILSVRC 2012, a line each. The order is that of open_clip's class names.
 WNIDS = "385e0240499426c022b773be1ae4da780f057b89c9694c7f47199f62746b6edd"
 MOST_DEVKIT = 64 << 20  # bytes of the devkit, unpacked; it has 5 MB
+DECODING = 2  # counts the ways in which images have been decoded: the cache holds what the present one makes of them
 GROUND_TRUTH, META = "data/ILSVRC2012_validation_ground_truth.txt", "data/meta.mat"
 
 
@@ -264,7 +265,7 @@ def _pixels_of(source: Labelled, order: np.ndarray, resolution: int) -> tuple[to
     """All images, uint8 (N, 3, R, R), mapped from the cache, and the checksum of the file there."""
     rows: dict[str, Any] = {name: source.table[name].to_pylist() for name in ("id", "address", "offset", "size")}
     marks = [sources.stamp(address) for address in dict.fromkeys(rows["address"]) if sources.is_local(address)]
-    stem = cache_dir() / f"test-{digest([rows, marks, order.tolist(), resolution])[:16]}"
+    stem = cache_dir() / f"test-{digest([DECODING, rows, marks, order.tolist(), resolution])[:16]}"
     path, record = stem.with_suffix(".bin"), stem.with_suffix(".json")
     shape = (len(order), 3, resolution, resolution)
     if ranks.agreed(not (record.exists() and path.exists() and path.stat().st_size == np.prod(shape))):
