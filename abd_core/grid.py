@@ -124,7 +124,12 @@ DEFENCES |= {
     "ABD-D, fine-tuned for clean": {**DEFENCES["ABD-D"], "normal": "fine-tuned"},
 }
 # Table I's ABD takes three readings that are not the paper's letter (chapter 4); this one takes none of them.
-DEFENCES |= {"ABD, literal": {**DEFENCES["ABD"], "mode": "additive", "batch_norm": "train"}}
+LITERAL = {**DEFENCES["ABD"], "mode": "additive", "batch_norm": "train"}
+DEFENCES |= {
+    "ABD, literal": LITERAL,
+    "ABD, literal, 4400 steps": {**LITERAL, "steps": 4400},  # of the adversary: the paper's 20 passes over our pairs
+    "Gaussian noise, BatchNorm of the batch": {**DEFENCES["Gaussian noise"], "batch_norm": "train"},
+}
 DEFENCES |= {f"ABD, patch {name}": {**DEFENCES["ABD"], "patch_place": place} for name, place in PLACES.items()}
 DEFENCES |= {f"noise patch, {name}": {**DEFENCES["noise patch"], "patch_place": at} for name, at in PLACES.items()}
 TUNING = {
@@ -217,6 +222,12 @@ GRIDS: dict[str, Grid] = {
             *("FT", "CleanCLIP", "RoCLIP", "PAR"),
         ),
         range(5),
+    ),
+    # What the rule of the search (chapter 5) takes, where that is another setting than the default.
+    "chosen": Grid(PAPER, ("PAR, shift weight 0.15", "ABD, patch area 0.01", "ABD-D, half of the batch"), range(5)),
+    # Has the paper's letter too short a search, and does its perturbation do more than noise of its strength?
+    "letter": Grid(
+        PAPER, ("ABD, literal", "ABD, literal, 4400 steps", "Gaussian noise, BatchNorm of the batch"), range(3)
     ),
     # ABD's defaults are chosen by these two, so they stay away from what is reported.
     "search": Grid(PAPER, tuple(TUNING), (100,), "dev"),
