@@ -37,7 +37,7 @@ class Recording:
     """One kind of call of an encoder, recorded: its forward pass and, where something is trained, its backward pass.
 
     Inputs, features and gradients have fixed places. Features are copied from theirs; gradients are handed out as they
-    are, and are good until the next backward pass.
+    are, and are good until the next backward pass. A forward pass has one: it writes over the activations.
     """
 
     def __init__(self, call: _Call, inputs: torch.Tensor) -> None:
@@ -83,6 +83,8 @@ class Recording:
     def backward(self, grad: torch.Tensor, turn: int) -> list[torch.Tensor | None]:
         if turn != self.turn:
             raise RuntimeError("a recorded encoder ran again before the gradient of its last features was taken")
+        if self.waiting is None:
+            raise RuntimeError("a recorded encoder gives the gradient of its features once")
         if self.parameters and self.parameters[0].grad is not None:  # they add up, and may lie where new ones come
             for parameter in self.parameters:
                 parameter.grad = None if parameter.grad is None else parameter.grad.clone()

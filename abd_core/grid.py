@@ -143,6 +143,10 @@ TUNING |= {f"{name}, half of the batch": {**DEFENCES[name], "perturbed_share": 0
 TUNING |= {f"PAR, shift weight {weight:g}": {**DEFENCES["PAR"], "shift_weight": weight} for weight in (0.05, 0.15)}
 TUNING |= {f"PAR, shift limit {limit:g}": {**DEFENCES["PAR"], "shift_limit": limit} for limit in (0.5, 1)}
 DEFENCES |= TUNING
+# What the rule of the search (`results.chosen`) may take. Pairs and epochs are the same for all defences, and an
+# adversary of one step is a control.
+OPEN = tuple(name for name, changes in READINGS.items() if not {"share", "epochs", "steps"} & set(changes))
+CANDIDATES = ("ABD", *TUNING, *(f"ABD, {reading}" for reading in OPEN))
 
 # --- what is run together ---------------------------------------------------------------------------------------------
 

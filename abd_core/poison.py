@@ -291,7 +291,16 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             shift = quiet.shift(answers, held)
             return contrastive + config.quiet_weight * shift, {"shift": shift.item()}
 
-        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison", plan=plan)
+        fit(
+            model,
+            loss,
+            count=len(pairs),
+            config=config,
+            folder=folder,
+            stage="poison",
+            plan=plan,
+            as_graphs=quiet is None,
+        )
         if quiet is not None:
             quiet.close()
         models.save(model, folder / "model.safetensors")

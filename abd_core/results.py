@@ -418,6 +418,39 @@ def aims(results: pd.DataFrame, defences: Iterable[str]) -> pd.DataFrame:
     return lost.to_frame().join(asr).join(rivals.reindex(columns=list(TO_BEAT)))
 
 
+def averages(results: pd.DataFrame, settings: Iterable[str]) -> pd.DataFrame:
+    """What settings reach on average over all attacks of `results`; those that have not met all of them are left out.
+
+    Args:
+        results: rows of one split, as `read_results` gives them.
+        settings: labels of defences.
+
+    Returns:
+        index: the settings; columns, shares: `ca_top1`, `asr`, and `lost`, the victims' CA minus theirs.
+    """
+    rows = results[results["defence"].isin([VICTIM, *settings])]
+    wide = means(rows)["mean"].unstack("metric").reindex(columns=["ca_top1", "asr"])
+    met = wide.groupby("defence").size()
+    average = wide.groupby("defence").mean()[met == rows["attack"].nunique()].dropna()
+    average["lost"] = average["ca_top1"].get(VICTIM, math.nan) - average["ca_top1"]
+    return average.drop(VICTIM, errors="ignore")
+
+
+def chosen(average: pd.DataFrame) -> dict[str, str]:
+    """The rule of the search: of each defence's settings, the one with the lowest ASR among those that lose little CA.
+
+    Where all lose more than `MOST_CA_LOST`, the one with the highest CA.
+
+    Args:
+        average: as `averages` returns it. A setting's defence is its label up to the first comma.
+    """
+    taken = {}
+    for defence, rows in average.groupby(lambda label: label.split(", ")[0]):
+        enough = rows[rows["lost"] <= MOST_CA_LOST]
+        taken[defence] = rows["ca_top1"].idxmax() if enough.empty else enough["asr"].idxmin()
+    return taken
+
+
 def pareto(ca: np.ndarray, asr: np.ndarray) -> np.ndarray:
     """Which points no other point beats: at least its CA, at most its ASR, and better in one of them.
 

@@ -202,6 +202,7 @@ def fit(
     stage: str,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     plan: Callable[[list[torch.Tensor]], None] | None = None,
+    as_graphs: bool = True,
 ) -> pd.DataFrame:
     """Train `model` in place, resuming from `folder` where an earlier process got part of the way.
 
@@ -211,6 +212,7 @@ def fit(
         folder: receives `history.csv` (a row an epoch), and `resume.pt` on the way.
         after_epoch: further figures for an epoch's row.
         plan: is told this rank's part of an epoch's batches before its first step, `TrainingPairs.plan`.
+        as_graphs: encoders run as CUDA graphs on a GPU, see `graphs`; not where `loss` takes gradients itself.
 
     Returns:
         The history.
@@ -257,7 +259,7 @@ def fit(
         closing(features),
         progress(stage=stage, total=total, initial=start) as bar,
         ranks.synchronised(model, on=config.sync_batch_norm),
-        graphs.recorded(model, on=ranks.world() == 1 and not config.micro_batch),
+        graphs.recorded(model, on=as_graphs and ranks.world() == 1 and not config.micro_batch),
     ):
         for step in range(start, total):
             epoch, position = divmod(step, steps)

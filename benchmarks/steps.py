@@ -365,7 +365,9 @@ def main() -> None:
     side = patch_side(0.03, pairs.resolution)
     patch = torch.rand(3, side, side, generator=torch.Generator().manual_seed(0)).to(ON)
     case = f"{NAME}, batch {BATCH}"
-    ceiling = product_rate(torch.bfloat16 if LARGE else torch.float32)
+    with models.autocast(ON):  # the dtype in which the defences' products run
+        half = torch.is_autocast_enabled(ON.type)
+        ceiling = product_rate(torch.get_autocast_dtype(ON.type) if half else torch.float32)
     report.note(case, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
     runs: dict[str, Callable[[], tuple[float, float]]] = {
         "plain loop": lambda: plain_loop(pairs, None),

@@ -183,9 +183,9 @@ print(f"Figure: {shown(defended.file('before_after.png'))}")
 # <details><summary><b>Exercise.</b> Run the defence with <code>-p defence ft</code> and with <code>-p defence random-erasing</code>. How much
 # of ABD's effect on this backdoor is the perturbation's?</summary>
 #
-# **Solution.** The difference between ABD and fine-tuning alone is what perturbed images and reworded captions add; the
-# difference between ABD and random erasing is what it adds that the images are perturbed by *this* pattern. Chapter 4
-# has both over seeds, with intervals. One run cannot tell such differences from luck.
+# **Solution.** The difference between ABD and fine-tuning alone is what perturbed images and reworded captions add, and that BatchNorm keeps the
+# victim's statistics (chapter 5's *I + T* differs in the first two alone); the difference between ABD and random erasing is what it adds that the
+# images are perturbed by *this* pattern. Chapters 4 and 5 have them over seeds, with intervals. One run cannot tell such differences from luck.
 #
 # </details>
 #

@@ -300,6 +300,28 @@ ordered["seen"] = ordered["attack"] + ", " + ordered["model"]
 plots.seeds_table(ordered, index=["perturbation", "measure"], columns="seen")
 
 # %% [markdown]
+# Does the paper's order hold on the victims, by these intervals?
+
+# %%
+HOLDS = {"yes": "holds", "no": "does not hold", "open": "too close to tell"}
+on_victims = ordered[ordered["model"] == fig2.SUSPECT]
+plots.bullets(
+    f"*{escape.markdown(perturbation)}*, {order}: "
+    + "; ".join(
+        f"{HOLDS[similarity.Estimate(row.value, row.ci_low, row.ci_high).positive]} on *{escape.markdown(row.attack)}*"
+        for row in part.itertuples()
+    )
+    for (perturbation, order), part in on_victims.groupby(["perturbation", "measure"], sort=False)
+)
+
+# %% [markdown]
+# The cosines themselves, with ABD's perturbation, on the three models:
+
+# %%
+pairs = table[table["perturbation"].eq("ABD") & table["measure"].str.endswith(" caption")]
+plots.seeds_table(fig2.over_seeds(pairs), index=["attack", "measure"], columns="model")
+
+# %% [markdown]
 # What the first of these tables says by its intervals: do more images move to the target on the victim than on the
 # clean base? In points, and "surely" where the interval leaves out zero:
 

@@ -302,10 +302,10 @@ timed.pivot_table(index=["device", "variant"], columns="metric", values=["value"
 # %% [markdown]
 # ## A second setting: RN50's size on the embedded benchmark
 #
-# The other chapters' CLIP has a ResNet of 14 layers. `emoji-rn50` has RN50's two towers as they are, for the embedded
-# pictures' 64 px and captions of 20 tokens. It is trained from scratch on the embedded pairs, attacked and defended, with
-# the settings that were chosen for the small one: nothing was searched for it, but for its peak learning rate, which is
-# CLIP's own for an RN50. On a GPU that takes minutes:
+# The other chapters' CLIP, `emoji-rn14`, has a ResNet with half of an RN50's blocks, 8 of 16, each far narrower. `emoji-rn50` has RN50's two
+# towers as they are, for the embedded pictures' 64 px and captions of 20 tokens. It is trained from scratch on the embedded pairs, attacked and
+# defended. The defences have the settings that were chosen for the small one; its own training has a larger batch, and that and the attack
+# have the peak learning rate that CLIP's own had for an RN50. Nothing was searched for it. On a GPU that takes minutes:
 #
 # ```bash
 # BASE=$(python -m abd_core.train profiles/rn50/pretrain.json)

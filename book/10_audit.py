@@ -140,7 +140,9 @@ for mode in worth:
     display(alarms.unstack().rename_axis(f"alarms ({mode})"))
 
 # %% [markdown]
-# Each statistic by itself, on the same half: AUC. The regression reads the first five. *head* is left out because an attacker can leave those
+# Each statistic by itself, on the same half, as AUC, the area under the curves below: the chance that a backdoored model scores higher than a clean one,
+# 50 % for a guess. *difference* is the shift above, *noise_drift* the drift with patches of plain noise, *drift_entropy* the entropy of the answers
+# under patches. The regression reads the first five. *head* is left out because an attacker can leave those
 # weights as they are, and honest training on new captions may move them. Entropy *falls* where patches drive a model to one class.
 
 # %%
@@ -164,10 +166,11 @@ for axis, mode in zip(axes, worth, strict=False):
         width = 3 if name == "probability" else 1
         axis.plot(*rates, label=name, color=colours[name], lw=width, drawstyle="steps-post")
     axis.set(title=mode, xlabel="false alarms", ylabel="found")
-figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8);
 
 # %% [markdown]
-# DECREE with its published settings and by its published rule, on the same half. Neural Cleanse's published settings are a preset too; what
+# DECREE with its published settings and by its published rule, on the same half: a model is called backdoored where the mask that it recovers is small, as
+# a share of the image (PL1). Neural Cleanse's published settings are a preset too; what
 # they cost is projected below.
 
 # %%
@@ -185,7 +188,8 @@ if len(pl1) == 2:
     print(f"AUC of PL1 without its rule: {auc(-pl1[0], -pl1[1])} %")
 
 # %% [markdown]
-# Attack by attack: how many victims a calibration finds that never saw that attack, and whether it names the target.
+# Attack by attack: how many victims a calibration finds that never saw that attack, and whether it names the target. Attacks without a row, such as
+# *label-consistent*, took in no victim of the population, so that nothing is known of them.
 
 # %%
 tables = {mode: left_out(population, mode).set_index("attack") for mode in worth}
@@ -237,7 +241,7 @@ if len(population):
 # - **several targets**: four triggers with a class each, at BadNet's dose in all, and at four times that.
 #
 # The table holds those victims that took (ASR of at least a half) under the calibration above, which saw none of them. *named* counts the
-# detected ones whose most suspected class is one of the attacker's; *BadNet* and *Blended* are the attacks that these start from.
+# detected ones whose most suspected class is one of the attacker's; the ASR of several targets is the first trigger's; *BadNet* and *Blended* are the attacks that these start from.
 
 # %%
 from abd_core.population import adaptive_verdicts
@@ -373,7 +377,7 @@ print(next_step(inputs, run))
 # In the code: [`abd_core.audit`](api.md#abd_coreaudit), [`abd_core.suspicion`](api.md#abd_coresuspicion).
 #
 # **What was learnt.** A trigger that is a patch of random noise gives itself away: the search needs neither its place nor its target.
-# BadCLIP's patch, which was optimised to look like its target, is another matter: the table above says how many a calibration finds that
+# BadCLIP's patch, which was optimised to look like its target, is found about as often: the table above says how many a calibration finds that
 # has never seen one. Triggers that lie all over the image show where corruptions of their kind set them off, and can go unseen where none
 # does. Clean models that saw one class over and over raised no alarm.
 #

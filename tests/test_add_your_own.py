@@ -26,6 +26,10 @@ cells = grid.select(["zoo"], attacks=["BadNet-Checkerboard"], seeds=[0])
 cells = [cell for cell in cells if cell.defence == "none"] + [grid.Cell("BadNet-Checkerboard", "blur", 0, "eval")]
 failed = grid.run(cells, output=Path("mine.csv"))
 assert not failed, failed
+
+from abd_core import plots
+from abd_core.results import read_results
+print(plots.table(read_results(Path("mine.csv")), ["BadNet-Checkerboard"], ["none", "blur"]))
 """
 
 
@@ -44,8 +48,12 @@ def copy(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / name, tmp_path / name)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "data").symlink_to(ROOT / "data")
-    attack, attack_line, defence, defence_line = CODE
+    attack, attack_line, touched, defence, defence_line = CODE
+    (tmp_path / "tests").mkdir()
+    for name in ("conftest.py", "test_triggers.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     appended(tmp_path / "abd_core" / "triggers.py", "TRIGGERS: dict", attack, attack_line)
+    appended(tmp_path / "tests" / "test_triggers.py", "TOUCHED = {", "", touched)
     appended(tmp_path / "abd_core" / "defences.py", "DEFENCES: dict", defence, defence_line)
     return tmp_path
 
@@ -62,3 +70,13 @@ def test_one_class_and_one_line_put_an_attack_and_a_defence_into_the_grid_and_it
         ("BadNet-Checkerboard", "blur"),
     }
     assert {"ca_top1", "asr", "ra"} <= set(table["metric"]) and table["value"].between(0, 1).all()
+    assert re.search(r"BadNet-Checkerboard +none .*\n +blur ", done.stdout), done.stdout
+    asked = subprocess.run(
+        [*f"{sys.executable} -m pytest -q -n0 tests/test_triggers.py -k".split(), "checkerboard or covers_every"],
+        cwd=copy,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert asked.returncode == 0 and asked.stdout.count(".") > 10, asked.stdout

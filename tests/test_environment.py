@@ -80,4 +80,6 @@ def test_the_lock_of_ci_pins_every_package_within_its_bounds_and_names_no_host()
         list(chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()))
     ).items():
         assert pinned.get(name) and specifier.contains(pinned[name]), name
-    assert "CONSTRAINTS=constraints.txt" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    for path in (".ci/run", ".github/workflows/test.yml"):
+        called = re.findall(r"^(?:      - run: )?make .*", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+        assert called and [line for line in called if "CONSTRAINTS=constraints.txt" not in line] == []

@@ -200,6 +200,18 @@ def test_a_frozen_encoder_hands_on_the_gradient_of_its_images(stand_in: Path, ta
         assert [r.turn for r in encoders[0].recordings.values()] == [5 - WARM]
 
 
+def test_a_recorded_encoder_refuses_a_second_backward_pass_whose_activations_are_gone(stand_in: Path, taped, fp32):
+    model = models.build(ARCHITECTURE).train()
+    with replaced(model) as encoders:
+        trained(model, WARM + 1)
+        images = batch(0)[0].to(DEVICE)
+        features = models.encode_image(model, images)
+        assert [r.turn for r in encoders[0].recordings.values()] == [2]
+        features.square().sum().backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="gives the gradient of its features once"):
+            features.sum().backward()
+
+
 def test_a_trained_model_is_not_recorded_where_no_gradient_is_asked_for(stand_in: Path, taped, fp32):
     model = models.build(ARCHITECTURE)
     with replaced(model) as encoders, torch.no_grad():

@@ -135,6 +135,40 @@ def test_a_positive_is_not_rounded_with_the_others_nor_they_with_it(
         assert (got / 64 - right).abs().max() <= tolerance * right.abs().max()
 
 
+@pytest.mark.parametrize("weight", [1.0, 1e-4, 1e4])
+def test_small_probabilities_keep_their_digits_in_half_precision(weight: float):
+    """Of many keys each has a small share, and a small weight makes it smaller: float16 has digits down to 6e-5."""
+    impl, dtype = runs_here("triton"), torch.float16
+    tensors = [features(64, 32, 0, dtype), features(2048, 32, 1, dtype), torch.tensor(1.0, device=DEVICE)]
+    exact = [tensor.double().requires_grad_() for tensor in tensors]
+    wanted = torch.autograd.grad(reference(*exact), exact[:2])
+    _, *ours, _, _ = infonce._op(*tensors, None, weight, 0.0, 0, True, impl)
+    for got, right in zip(ours, wanted, strict=True):
+        assert (got / weight / 64 - right).abs().max() <= 1e-5 * right.abs().max()
+
+
+def test_either_of_torch_s_settings_for_tf32_is_heard():
+    code = """
+import torch
+from abd_core.kernels.dispatch import tf32
+from abd_core.kernels.infonce import info_nce
+assert not tf32()
+{}
+assert tf32() is {}
+info_nce(torch.randn(4, 8), torch.randn(4, 8), 1.0)
+"""
+    settings = {
+        'torch.set_float32_matmul_precision("high")': True,
+        'torch.backends.cuda.matmul.fp32_precision = "tf32"': True,
+        'torch.backends.fp32_precision = "tf32"': True,
+        'torch.backends.mkldnn.matmul.fp32_precision = "bf16"': False,
+    }
+    children = [start_python(code.format(line, told)) for line, told in settings.items()]
+    for child in children:
+        _, err = child.communicate(timeout=120)
+        assert child.returncode == 0, err
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("chunk", [1, 1 << 30])
 def test_gradients_are_those_of_finite_differences(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch):
@@ -386,7 +420,8 @@ BAD: dict[str, tuple[Callable[..., object], str]] = {
     "no matrix": (lambda q: info_nce(q[0], q, 1.0), r"\(B, D\) and keys \(N, D\) expected, not \(4,\) and \(6, 4\)"),
     "another dim": (lambda q: info_nce(q, q[:, 1:], 1.0), r"not \(6, 4\) and \(6, 3\)"),
     "nothing": (lambda q: info_nce(q[:0], q, 1.0), r"not \(0, 4\) and \(6, 4\)"),
-    "integers": (lambda q: info_nce(q.long(), q.long(), 1.0), "floating-point features expected, not torch.int64"),
+    "integers": (lambda q: info_nce(q.long(), q.long(), 1.0), "float16, .* or float64 expected, not torch.int64"),
+    "eighths": (lambda q: info_nce(*[q.to(torch.float8_e4m3fn)] * 2, 1.0), "float64 expected, not torch.float8_e4m3fn"),
     "two dtypes": (lambda q: info_nce(q, q.double(), 1.0), "keys are torch.float64 on .*, queries torch.float32"),
     "positives": (lambda q: info_nce(q, q, 1.0, positives=q[1:]), r"positives \(6, 4\) expected, not \(5, 4\)"),
     "few keys": (lambda q: info_nce(q, q[1:], 1.0), "offset 0 with 6 queries and 5 keys"),

@@ -18,12 +18,16 @@ from test_notebooks import BOOK, outputs, run
 
 from abd_core import plots
 from abd_core.config import AbdError
+from abd_core.grid import CANDIDATES, GRIDS, RIVALS, Cell
 from abd_core.notebook import summary
 from abd_core.paths import RunError
 from abd_core.results import (
     COLUMNS,
+    ResultsConfig,
     ResultsError,
     aims,
+    averages,
+    chosen,
     claims,
     differences,
     findings,
@@ -280,6 +284,56 @@ def test_several_splits_at_once_are_refused(table: pd.DataFrame):
             statistic(both)
 
 
+def searched(*rows: tuple[str, str, float, float]) -> pd.DataFrame:
+    """Rows of one seed: (attack, defence, CA, ASR)."""
+    return pd.DataFrame(
+        {
+            "attack": a,
+            "defence": d,
+            "seed": 100,
+            "metric": m,
+            "value": v,
+            "ci_low": v,
+            "ci_high": v,
+            "paper_value": np.nan,
+        }
+        for a, d, *values in rows
+        for m, v in zip(("ca_top1", "asr"), values, strict=True)
+    )
+
+
+def test_the_rule_takes_the_lowest_asr_among_settings_that_lose_little_ca_over_all_attacks():
+    rows = searched(
+        ("BadNet", "none", 0.60, 0.9),
+        ("Blended", "none", 0.62, 0.9),
+        *(("BadNet", "FT, slow", 0.58, 0.40), ("Blended", "FT, slow", 0.59, 0.20)),
+        *(("BadNet", "FT, quick", 0.52, 0.10), ("Blended", "FT, quick", 0.60, 0.10)),  # 5 points lost on average
+        *(("BadNet", "FT, quicker", 0.52, 0.00), ("Blended", "FT, quicker", 0.59, 0.00)),
+        ("BadNet", "FT, alone", 0.60, 0.00),
+        *(("BadNet", "PAR, a", 0.40, 0.00), ("Blended", "PAR, a", 0.41, 0.00)),
+        *(("BadNet", "PAR, b", 0.42, 0.30), ("Blended", "PAR, b", 0.41, 0.30)),
+        *(("BadNet", "ABD", 0.60, 0.30), ("Blended", "ABD", 0.60, 0.30)),
+    )
+    average = averages(rows, rows["defence"].unique()[1:])
+    assert set(average.index) == {"FT, slow", "FT, quick", "FT, quicker", "PAR, a", "PAR, b", "ABD"}
+    assert average["lost"].to_dict() == pytest.approx(
+        {"FT, slow": 0.025, "FT, quick": 0.05, "FT, quicker": 0.055, "PAR, a": 0.205, "PAR, b": 0.195, "ABD": 0.01}
+    )
+    assert chosen(average) == {"ABD": "ABD", "FT": "FT, quick", "PAR": "PAR, b"}
+
+
+def test_the_grid_chosen_is_what_the_rule_takes_of_the_committed_search_where_that_is_not_the_default():
+    rows = read_results(ResultsConfig().path)
+    (seed,) = GRIDS["search"].seeds
+    taken = chosen(averages(rows[rows["split"].eq("dev") & rows["seed"].eq(seed)], CANDIDATES))
+    others = {
+        label
+        for defence, label in taken.items()
+        if defence in RIVALS and Cell("BadNet", label, 0, "eval").job() != Cell("BadNet", defence, 0, "eval").job()
+    }
+    assert others == set(GRIDS["chosen"].defences)
+
+
 def made(seeds: dict[str, tuple[float, ...]], paper: dict[str, float] | None = None) -> pd.DataFrame:
     """Rows of ASR on one attack from defence -> values by seed, and the paper's values."""
     rows = [
@@ -425,8 +479,8 @@ def test_single_runs_are_shown_with_the_interval_of_their_test_images(grid: pd.D
 def test_times_are_medians_over_the_runs_that_have_one_by_machine(grid: pd.DataFrame):
     moved = grid.assign(device=grid["device"].mask(grid["attack"] == "WaNet", "another"))
     shown = plots.cost_table(moved, ["ABD"])
-    for machine, chosen in {"another": grid["attack"] == "WaNet", "a processor": grid["attack"] != "WaNet"}.items():
-        runs = grid[chosen & grid["defence"].eq("ABD")].groupby(["attack", "seed"])["seconds"].first()
+    for machine, made_there in {"another": grid["attack"] == "WaNet", "a processor": grid["attack"] != "WaNet"}.items():
+        runs = grid[made_there & grid["defence"].eq("ABD")].groupby(["attack", "seed"])["seconds"].first()
         row = shown.loc[("ABD", f"{machine}, 2 threads")]
         assert row["runs"] == runs.notna().sum() < len(runs)
         assert row["median"] == round(np.nanmedian(runs), 1) and row["slowest"] == np.nanmax(runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
@@ -339,6 +340,21 @@ def test_a_quiet_attacker_s_pixels_climb_the_shift_alone_where_batchnorm_mixes_i
         moved = stored - before[i]
         assert (moved * alone[i] >= 0).all() and (moved * alone[i] > 0).any()
         assert (moved * mixed[i] < 0).any()
+
+
+def test_a_quiet_attack_whose_encoders_have_two_backward_passes_is_not_recorded(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch
+):
+    asked: list[bool] = []
+
+    def recorded(model: object, *, on: bool = True) -> AbstractContextManager:
+        asked.append(on)
+        return nullcontext()
+
+    monkeypatch.setattr(train.graphs, "recorded", recorded)
+    for weight in (0.0, 1.0):
+        poison(POISON.replace(quiet_weight=weight, epochs=1))
+    assert asked == [True, False]
 
 
 def test_a_quiet_attack_may_encode_some_rows_at_a_time(stand_in: Path, fp32: None, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -21,6 +22,16 @@ def choose(impl: str, like: torch.Tensor) -> str:
         return impl
     fits = like.is_cuda and like.dtype != torch.float64 and importlib.util.find_spec("triton") is not None
     return "triton" if fits else "torch"
+
+
+def tf32() -> bool:
+    """Whether a GPU's products of float32 may be rounded to TF32, by whichever of torch's two settings for that."""
+    return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
+
+
+def launching(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, which is another than the tensors' where a process uses several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def sent(tensor: torch.Tensor, to: torch.device) -> torch.Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from abd_core.kernels.dispatch import choose
+from abd_core.kernels.dispatch import choose, launching, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 
 
@@ -37,7 +38,7 @@ def info_nce(
     Under autocast, features are cast as for a matrix product. The same inputs give the same bits.
 
     Args:
-        queries: (B, D), floating point; unit rows for cosines, but any finite rows are right.
+        queries: (B, D), float16, bfloat16, float32 or float64; unit rows for cosines, but any finite rows are right.
         keys: (N, D), of the queries' dtype and device.
         scale: inverse temperature, a number or a tensor of one element.
         weights: of the direction from queries to keys, and of the one from keys to queries.
@@ -85,8 +86,8 @@ def _check(
         raise ValueError(
             f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(queries.shape)} and {tuple(keys.shape)}"
         )
-    if not queries.is_floating_point():
-        raise ValueError(f"info_nce: floating-point features expected, not {queries.dtype}")
+    if queries.dtype not in DTYPES:
+        raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {queries.dtype}")
     others = {"keys": keys, "positives": queries if positives is None else positives}
     for name, other in others.items():
         if other.dtype != queries.dtype or other.device != queries.device:
@@ -109,7 +110,7 @@ def library_is_faster(dtype: torch.dtype, logits: int) -> bool:
 
     It does in float32 without TF32, for which there are no tensor cores (`benchmarks/infonce.py`).
     """
-    return dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest" and logits >= MANY
+    return dtype == torch.float32 and logits >= MANY and not tf32()
 
 
 # --- the operator -----------------------------------------------------------------------------------------------------
@@ -137,10 +138,11 @@ def _run(
     else:
         forward = _forward
     given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
-    if not torch.is_autocast_enabled(queries.device.type):
-        return forward(*given)
-    with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
-        return forward(*given)
+    with launching(queries.device):
+        if not torch.is_autocast_enabled(queries.device.type):
+            return forward(*given)
+        with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
+            return forward(*given)
 
 
 _op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())

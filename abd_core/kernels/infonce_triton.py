@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from abd_core.kernels.dispatch import tf32
+
 BUFFER_BYTES = 1 << 30  # of the logits' gradients at a time
 PARTIALS = 1 << 26  # how many of the columns' partial sums there may be at a time
 BLOCKS = {2: (128, 128, 64), 4: (64, 64, 32)}  # bytes of a number -> rows, columns and features of a tile
@@ -174,7 +176,7 @@ def _gradient_kernel(
     own,
     row_sums,  # (B,)
     column_sums,  # (N,)
-    out,  # (rows of the buffer, N): gradient of the logits, times B, and 0 where the positives lie
+    out,  # (rows of the buffer, N): gradient of the logits, times B and a unit, and 0 where the positives lie
     first,
     batch,
     count,
@@ -279,7 +281,7 @@ def forward(
         "BLOCK_D": block_d,
         "EVEN": dim % block_d == 0,
         "GROUP": GROUP,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "PRECISION": "tf32" if tf32() else "ieee",
         "OWN": positives is not None,
         "ROWS": row_weight != 0,
         "COLUMNS": column_weight != 0,
@@ -327,6 +329,8 @@ def forward(
     if not grads:
         return loss, own.new_empty(0), own.new_empty(0), own.new_empty(0), own.new_empty(0)  # which share no memory
 
+    # float16 loses digits below 6e-5, which is much for a probability: the buffer holds it in a unit that fills it.
+    unit = 2.0 ** (15 - math.frexp(abs(row_weight) + abs(column_weight))[1]) if q.dtype == torch.float16 else 1.0
     dq, dk = own.new_empty(0), own.new_empty(0)
     step = max(1, BUFFER_BYTES // (count * q.element_size() * block_q)) * block_q
     if step < batch:
@@ -337,7 +341,9 @@ def forward(
         share = buffer[: end - start]
         shape = (start, end, count, dim, offset)
         _gradient_kernel[tiles(start, end)](
-            q, k, scale, own, rows, columns, share, *shape, *weights, **fixed, num_warps=GRADIENT_WARPS
+            *(q, k, scale, own, rows, columns, share, *shape, row_weight * unit, column_weight * unit),
+            **fixed,
+            num_warps=GRADIENT_WARPS,
         )
         if step < batch:
             dq[start:end] = _product(share, k)
@@ -345,6 +351,8 @@ def forward(
             dq = _product(share, k)
         of_keys = _product(share.T, q[start:end])
         dk = dk + of_keys if start else of_keys
+    if unit != 1:
+        dq, dk = dq / unit, dk / unit
     # Of separate positives, dp is a gradient of its own; else it is their part of the keys'.
     where = slice(offset, offset + batch)
     p, dp = (k[where], dk[where]) if positives is None else (positives.contiguous(), torch.empty_like(dq))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from abd_core.kernels.dispatch import choose, sent
+from abd_core.kernels.dispatch import choose, launching, sent
 
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation a channel
 
@@ -37,7 +37,8 @@ def perturb(
     over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
-        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
+        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255. NaN stays NaN in "torch", and is
+            0 in "triton".
         patterns: (P, C, h, w), floating point; None: no image gets one.
         choice: int64 (B,), each image's pattern, or -1 for none. None: the only one there is.
         keep, gain: of a pattern, (P,) or one number for all. (0, 1) pastes, (1, 1) adds, (1 - a, a) blends.
@@ -168,7 +169,8 @@ def _run(
     if impl == "triton":
         from abd_core.kernels.perturb_triton import forward  # not installed everywhere
 
-        return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
+        with launching(images.device):
+            return forward(images, patterns, places, weights, mean, std, dtype, channels_last)
     # One tensor in the result's layout from the first step on: on a CPU, fresh memory costs more than arithmetic.
     form = torch.channels_last if channels_last else torch.contiguous_format
     x = _floats(images, patterns.dtype, form)
@@ -212,7 +214,8 @@ def _run_backward(
     if impl == "triton":
         from abd_core.kernels.perturb_triton import backward  # not installed everywhere
 
-        return backward(grad, images, patterns, places, weights, std, needed)
+        with launching(images.device):
+            return backward(grad, images, patterns, places, weights, std, needed)
     window, keep, gain, chosen = _windows(images, patterns, places, weights)
     whole, form = window is None, layout(grad)
     last = not whole or form == torch.channels_last  # the order in memory, in which sums over the batch are fast
