@@ -4,7 +4,8 @@
 
 On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out,
 and so are they, with the reason, on a case that they fail on. "backward" is what comes after the loss is there:
-`info_nce` has made its gradients by then, and only scales them.
+`info_nce` has made its gradients by then, and only scales them. The loss of one direction alone, which Eq. (2) and the
+in-modal losses are, stands against the plain composition.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if ON.type == "cpu":
     SIZES = {torch.float32: (128, 512, 2048, 4096)}
 else:
     SIZES = {torch.bfloat16: (128, 1024, 4096, 8192, 32768, 65536, 131072), torch.float32: (128, 4096, 8192)}
+ONE_WAY = {dtype: tuple(size for size in (64, *sizes) if size <= 4096) for dtype, sizes in SIZES.items()}
 LARGEST = {"open_clip": 65536, "open_clip compiled": 65536, "inf-cl": 8192, "abd_core torch": 8192}  # tried
 OTHERS = {"memeff*", "inf-cl"}  # kernels that are not for every case
 DIM = 256 if ON.type == "cpu" else 1024
@@ -54,15 +56,28 @@ def losses() -> dict[str, Loss]:
     return found
 
 
+def one_way() -> dict[str, Loss]:
+    """As `losses`, from images to texts alone."""
+
+    def plain(x: torch.Tensor, y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(s * x @ y.T, torch.arange(len(x), device=x.device))
+
+    found: dict[str, Loss] = {"plain torch": plain}
+    for impl in ("torch", "triton") if ON.type == "cuda" else ("torch",):
+        found[f"abd_core {impl}"] = lambda x, y, s, impl=impl: info_nce(x, y, s, impl=impl)
+    return found
+
+
 def main() -> None:
     report = Report("infonce", *(["triton", "memeff", "inf-cl"] if ON.type == "cuda" else []))
     for dtype, sizes in SIZES.items():
         name = str(dtype).removeprefix("torch.")
         ceiling = product_rate(dtype)
         report.note(name, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
-        for size in sizes:
+        cases = [(size, "", losses) for size in sizes] + [(size, ", one way", one_way) for size in ONE_WAY[dtype]]
+        for size, ways, kinds in cases:
             repeats = 51 if size <= 1024 else 9 if size <= 32768 else 5
-            case = f"B={size}, D={DIM}, {name}"
+            case = f"B={size}, D={DIM}, {name}{ways}"
             image, text = (F.normalize(torch.randn(size, DIM, device=ON), dim=1).to(dtype) for _ in range(2))
             leaves = (image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=ON, requires_grad=True))
 
@@ -78,7 +93,7 @@ def main() -> None:
             def both(loss: Loss, leaves=leaves, backward=backward) -> None:
                 backward(loss(*leaves))
 
-            tried = {n: loss for n, loss in losses().items() if size <= LARGEST.get(n, size)}
+            tried = {n: loss for n, loss in kinds().items() if size <= LARGEST.get(n, size)}
             for other in OTHERS & tried.keys():
                 try:
                     both(tried[other])

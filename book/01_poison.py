@@ -162,8 +162,9 @@ picture_widget(Case(trigger, None, encoders, test_set, trigger.title), label, vi
 # <details><summary><b>Exercise.</b> Poison a tenth as many pairs (<code>-p rate 0.01</code>) and read the verdict. What in the
 # table tells you that the attack did not take, and what does not?</summary>
 #
-# **Solution.** The ASR falls below its aim. Clean accuracy over all classes tells nothing, neither here nor above: it is as
-# good for a victim as for a model that was never attacked. That is what makes a backdoor hard to notice.
+# **Solution.** The ASR, if it falls below its aim; [chapter 4](04_results) has this dose of other attacks, and for one of them it is enough. Clean
+# accuracy over all classes tells nothing, neither here nor above: it is as good for a victim as for a model that was never attacked. That is what
+# makes a backdoor hard to notice.
 #
 # </details>
 #

@@ -241,7 +241,8 @@ if len(population):
 # - **several targets**: four triggers with a class each, at BadNet's dose in all, and at four times that.
 #
 # The table holds those victims that took (ASR of at least a half) under the calibration above, which saw none of them. *named* counts the
-# detected ones whose most suspected class is one of the attacker's; the ASR of several targets is the first trigger's; *BadNet* and *Blended* are the attacks that these start from.
+# detected ones whose most suspected class is one of the attacker's; the ASR of several targets is the first trigger's; *BadNet* and *Blended* are the
+# attacks that these start from.
 
 # %%
 from abd_core.population import adaptive_verdicts
