@@ -267,7 +267,7 @@ plots.bullets(
 #
 # These rows have the defaults, which were chosen before the search on the development split ([chapter 5](05_ablations)) was complete. For some defences
 # its rule takes another setting, and PAR's default loses more clean accuracy there than the rule allows. Those settings, named by the rule
-# before they met this split, and the same questions of them:
+# before they met this split, on victims that were made anew on another machine, and the same questions of them:
 
 # %%
 ruled = {label.split(", ")[0]: label for label in GRIDS["chosen"].defences}
