@@ -277,6 +277,8 @@ plots.roofline(own_time, measures, title="Achieved, and each benchmark's ceiling
 # table): those of training steps, of reading tars and of the adversary are of earlier kernels than those of the kernels themselves.
 
 # %%
+import itertools
+
 rows = measured.assign(size=pd.to_numeric(measured["case"].str.extract(r"B=(\d+), .*bfloat16")[0]))
 triton = rows[rows["variant"] == "abd_core triton"]
 both = triton.merge(rows[rows["variant"] == "memeff*"], on=["device", "case", "metric"], suffixes=("", " of memeff"))
@@ -287,7 +289,7 @@ large = triton[triton["size"].ge(4096) & triton["size"].le(65536) & triton["metr
 bars += [("InfoNCE, B >= 4096: times as fast as open_clip, at least", 1, large, "ratio")]
 for what in ("forward + backward", "forward"):
     bars += [(f"InfoNCE, {what}: times as fast as memeff, at least", 1, against[against["metric"] == what], "ratio")]
-for kind, what, asked in (("patch", "forward", 85), ("additive", "forward", 85), ("additive", "backward", 60)):
+for kind, (what, asked) in itertools.product(("patch", "additive"), (("forward", 85), ("backward", 60))):
     chosen = triton[triton["case"].str.startswith(kind) & triton["metric"].eq(f"{what}, of bandwidth")]
     bars += [(f"perturb, {kind}, {what}: % of the bandwidth of a copy", asked, chosen, "value")]
 timings = {
@@ -322,6 +324,20 @@ for wanted, worst in ((bars, min), (limits, max)):
 pd.DataFrame(reached).T
 
 # %% [markdown]
+# By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; of twenty in a row, and in the GPU's own time, it
+# is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
+# than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
+# kernels is most of its time.
+# At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
+# it takes longer. Per batch:
+
+# %%
+sizes = rows[rows["size"].notna() & rows["variant"].isin(["abd_core triton", "memeff*"])]
+sizes = sizes[sizes["metric"].isin(["forward", "forward + backward", "peak memory"])]
+sides = sizes.pivot_table(index=["device", "size"], columns=["metric", "variant"], values="value")
+sides.rename(index=int, level="size").map("{:.4g}".format)
+
+# %% [markdown]
 # And `perturb` against the fastest of all other compositions, compiled ones among them. How many times as fast ours is:
 
 # %%
@@ -333,22 +349,9 @@ ratios = (fastest.iloc[:, 0] / fastest.iloc[:, 1]).unstack(["device", "case"])
 ratios.reindex(painted["metric"].unique()).map(lambda ratio: "" if pd.isna(ratio) else f"{ratio:.2f}")
 
 # %% [markdown]
-# Below 1 a compiled composition is faster. On the GPU that is so by the clock for additions, and wherever there is a gradient: a call of ours costs the CPU more than
-# the device. The device itself is done sooner with ours, but for the gradient of a patch, which is too small to fill it. On the CPU a compiled composition
-# is faster throughout; there ours is made to be no slower than the plain one, which needs no compiler.
-
-# %% [markdown]
-# By the clock, one call of `perturb` is not what the bar asks, since it waits for the CPU that launches it; of twenty in a row, and in the GPU's own time, it
-# is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
-# than in a batch of 110, and a patch's share counts the copy of its places to the GPU.
-# At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
-# it takes longer. Per batch:
-
-# %%
-sizes = rows[rows["size"].notna() & rows["variant"].isin(["abd_core triton", "memeff*"])]
-sizes = sizes[sizes["metric"].isin(["forward", "forward + backward", "peak memory"])]
-sides = sizes.pivot_table(index=["device", "size"], columns=["metric", "variant"], values="value")
-sides.rename(index=int, level="size").map("{:.4g}".format)
+# Below 1 a compiled composition is faster. On the GPU that is so by the clock for additions, and wherever there is a gradient: a call of ours costs
+# the CPU more than the device. The device itself is done sooner with ours, but for the gradient of a patch, which is too small to fill it. On the CPU a
+# compiled composition is faster throughout; there ours is made to be no slower than the plain one, which needs no compiler.
 
 # %% [markdown]
 # ## Where a kernel does not matter
@@ -373,8 +376,8 @@ share.map("{:.3g}".format)
 # **The loss.** At the paper's batches of 64 to 128 it is a small part of a step, and no kernel for it will be noticed. It is noticed where batches are so
 # large that the matrix does not fit, as in pre-training, and from some thousands on in the memory of a step.
 #
-# **The rest.** How much a GPU could still gain is bounded by the share of the matrix product's rate at which the steps run already. On the CPU shares
-# beyond 100 % say that the product which was timed there is no ceiling, and bounds nothing:
+# **The rest.** How much could still be gained is bounded by the share of the rate of a matrix product, in the precision of the defences' steps, at which
+# the steps run already:
 
 # %%
 whole = steps[steps["metric"].eq("share of the ceiling")].pivot(index="variant", columns="device", values="value")

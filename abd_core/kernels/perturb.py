@@ -37,8 +37,8 @@ def perturb(
     over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
-        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255. NaN stays NaN in "torch", and is
-            0 in "triton".
+        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255. NaN stays NaN in "torch" and
+            becomes 0 in "triton".
         patterns: (P, C, h, w), floating point; None: no image gets one.
         choice: int64 (B,), each image's pattern, or -1 for none. None: the only one there is.
         keep, gain: of a pattern, (P,) or one number for all. (0, 1) pastes, (1, 1) adds, (1 - a, a) blends.
