@@ -108,11 +108,12 @@ def main() -> None:
                 calls = {n: lambda loss=loss, run=run: run(loss) for n, loss in tried.items()}
                 taken = seconds(calls, repeats=repeats)
                 report.add(case, what, "ms", {n: 1e3 * s for n, s in taken.items()}, n=repeats)
-            # Four products of 2 B B D operations each; features read and gradients written once.
-            report.note(case, "any", "operations", "GFLOP", 8 * size**2 * DIM / 1e9)
-            report.note(case, "any", "least traffic", "GB", 4 * size * DIM * dtype.itemsize / 1e9)
-            for variant, spent in taken.items():
-                report.note(case, variant, "share of the ceiling", "%", 100 * 8 * size**2 * DIM / spent / ceiling)
+            if kinds is losses:
+                # Four products of 2 B B D operations each; features read and gradients written once.
+                report.note(case, "any", "operations", "GFLOP", 8 * size**2 * DIM / 1e9)
+                report.note(case, "any", "least traffic", "GB", 4 * size * DIM * dtype.itemsize / 1e9)
+                for variant, spent in taken.items():
+                    report.note(case, variant, "share of the ceiling", "%", 100 * 8 * size**2 * DIM / spent / ceiling)
             if ON.type == "cuda":
                 peaks = {n: peak_bytes(call) / 2**20 for n, call in calls.items()}
                 report.add(case, "peak memory", "MiB", peaks)
