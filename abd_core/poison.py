@@ -291,16 +291,8 @@ def poison(config: PoisonConfig, *, force: bool = False) -> Run:
             shift = quiet.shift(answers, held)
             return contrastive + config.quiet_weight * shift, {"shift": shift.item()}
 
-        fit(
-            model,
-            loss,
-            count=len(pairs),
-            config=config,
-            folder=folder,
-            stage="poison",
-            plan=plan,
-            as_graphs=quiet is None,
-        )
+        once = quiet is None  # the encoders' backward passes in a step
+        fit(model, loss, count=len(pairs), config=config, folder=folder, stage="poison", plan=plan, as_graphs=once)
         if quiet is not None:
             quiet.close()
         models.save(model, folder / "model.safetensors")

@@ -30,7 +30,7 @@ def tf32() -> bool:
 
 
 def launching(device: torch.device) -> AbstractContextManager:
-    """Triton launches on the current device, which is another than the tensors' where a process uses several."""
+    """Inside, the device is the current one: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
