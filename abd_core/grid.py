@@ -86,11 +86,49 @@ READINGS: dict[str, dict[str, Any]] = {
     "6 epochs": {"epochs": 6},
 }
 # The tuning grid: learning rates, with BatchNorm's statistics of the batch and of the victim, for every defence that
-# trains; the label is "<defence>, lr <lr>[, frozen BatchNorm]". The slowest rate is for those that lose more than five
-# points of CA even at 5e-4.
+# trains; the label is "<defence>, lr <lr>[, frozen BatchNorm]".
 LR = ("5e-4", "1e-3")
-SEARCHED: dict[str, tuple[str, ...]] = {name: LR for name in ("FT", "ABD", "ABD-D", "ABD-D + T", "random erasing")}
-SEARCHED |= {name: ("2.5e-4", *LR) for name in ("CleanCLIP", "RoCLIP", "PAR")}
+SEARCHED: dict[str, tuple[str, ...]] = {name: LR for name in ("ABD", "ABD-D", "ABD-D + T")}
+SEARCHED |= {
+    "FT": ("2.5e-4", "5e-4", "7.5e-4", "1e-3", "1.5e-3", "2e-3"),
+    "CleanCLIP": ("1e-4", "2.5e-4", "5e-4", "7.5e-4", "1e-3"),
+    "RoCLIP": ("1e-4", "2.5e-4", "5e-4", "1e-3"),
+    "PAR": ("2.5e-4", "5e-4", "1e-3", "2e-3"),
+    "random erasing": ("2.5e-4", "5e-4", "1e-3", "2e-3"),
+}
+# Each rival's own settings, at its default rate and statistics where the label names no others: as many settings in all
+# as ABD has, of which the readings count (`CANDIDATES`).
+BATCH, FROZEN = {"batch_norm": "train"}, {"batch_norm": "frozen"}
+RIVALS_OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "FT": {f"weight decay {decay:g}": {"weight_decay": decay} for decay in (0.0, 0.3, 1.0)}
+    | {f"warm-up {steps}": {"warmup_steps": steps} for steps in (0, 100)},
+    "CleanCLIP": {f"in-modal weight {weight:g}": {"in_modal_weight": weight} for weight in (0.25, 0.5, 2.0, 4.0)}
+    | {
+        f"in-modal weight {weight:g}, BatchNorm of the batch": {"in_modal_weight": weight, **BATCH}
+        for weight in (0.5, 2.0, 4.0)
+    },
+    "RoCLIP": {
+        "matched in every epoch": {"match_every": 1},
+        "matched in every epoch, lr 5e-4": {"match_every": 1, "lr": 5e-4},
+        "matched in the last epoch": {"match_every": 3},
+        "matched in the last epoch, lr 5e-4": {"match_every": 3, "lr": 5e-4},
+        "matched in the last epoch, lr 5e-4, BatchNorm of the batch": {"match_every": 3, "lr": 5e-4, **BATCH},
+        "bank of 256": {"bank": 256},
+        "bank of 256, lr 5e-4": {"bank": 256, "lr": 5e-4},
+        "bank of 1024": {"bank": 1024},
+        "bank of 1024, lr 5e-4": {"bank": 1024, "lr": 5e-4},
+    },
+    # PAR loses more than five points of CA at every rate: does it keep them where it drives features less far apart?
+    "PAR": {f"shift weight {weight:g}": {"shift_weight": weight} for weight in (0.05, 0.1, 0.15, 0.25)}
+    | {"shift weight 0.15, frozen BatchNorm": {"shift_weight": 0.15, **FROZEN}}
+    | {f"shift limit {limit:g}": {"shift_limit": limit} for limit in (0.25, 0.5, 1, 1.5)},
+    "random erasing": {f"share {share:g} of images": {"erase_probability": share} for share in (0.25, 0.75, 1.0)}
+    | {f"area up to {area:g}": {"erase_high": area} for area in (0.1, 0.2, 0.6)}
+    | {
+        f"share {share:g} of images, area up to {area:g}": {"erase_probability": share, "erase_high": area}
+        for share, area in ((0.75, 0.2), (1.0, 0.1), (1.0, 0.2))
+    },
+}
 
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
@@ -139,9 +177,8 @@ TUNING = {
     for lr in rates
 }
 TUNING |= {f"{name}, half of the batch": {**DEFENCES[name], "perturbed_share": 0.5} for name in ("ABD-D", "ABD-D + T")}
-# PAR loses more than five points of CA at every rate: does it keep them where it drives features less far apart?
-TUNING |= {f"PAR, shift weight {weight:g}": {**DEFENCES["PAR"], "shift_weight": weight} for weight in (0.05, 0.15)}
-TUNING |= {f"PAR, shift limit {limit:g}": {**DEFENCES["PAR"], "shift_limit": limit} for limit in (0.5, 1)}
+for name, own in RIVALS_OWN.items():
+    TUNING |= {f"{name}, {label}": {**DEFENCES[name], **changes} for label, changes in own.items()}
 DEFENCES |= TUNING
 # What the rule of the search (`results.chosen`) may take. Pairs and epochs are the same for all defences, and an
 # adversary of one step is a control.
