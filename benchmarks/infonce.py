@@ -21,10 +21,10 @@ from abd_core.kernels.infonce import info_nce
 
 SCALE = 100.0
 if ON.type == "cpu":
-    SIZES = {torch.float32: (128, 512, 2048, 4096)}
+    SIZES = {torch.float32: (64, 128, 512, 2048, 4096)}
 else:
     SIZES = {torch.bfloat16: (128, 1024, 4096, 8192, 32768, 65536, 131072), torch.float32: (128, 4096, 8192)}
-ONE_WAY = {dtype: tuple(size for size in (64, *sizes) if size <= 4096) for dtype, sizes in SIZES.items()}
+ONE_WAY = {dtype: tuple(sorted({64, *(size for size in sizes if size <= 4096)})) for dtype, sizes in SIZES.items()}
 LARGEST = {"open_clip": 65536, "open_clip compiled": 65536, "inf-cl": 8192, "abd_core torch": 8192}  # tried
 OTHERS = {"memeff*", "inf-cl"}  # kernels that are not for every case
 DIM = 256 if ON.type == "cpu" else 1024

@@ -34,17 +34,19 @@ CASES = {
     "all of it": (67, 67, 130, (0.4, 0.9), True, 0),
     "positives among more keys": (30, 90, 16, (1.0, 0.0), True, 60),
 }
-IMPLEMENTATIONS = ["torch", "chunks", "triton", "parts"]
+IMPLEMENTATIONS = ["torch", "one chunk", "chunks", "triton", "parts"]
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both implementations, each at one go and in pieces."""
+    """Both implementations, each at one go and in pieces; "torch" is the whole matrix, where it is small."""
     monkeypatch.setattr(infonce, "CHUNK_BYTES", 16 * 1024 if request.param == "chunks" else 1 << 30)
+    if "chunk" in request.param:
+        monkeypatch.setattr(infonce, "FEW", 0)
     if request.param == "parts":
         monkeypatch.setattr(infonce_triton, "PARTIALS", 1)
         monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)
-    return runs_here({"chunks": "torch", "parts": "triton"}.get(request.param, request.param))
+    return runs_here({"one chunk": "torch", "chunks": "torch", "parts": "triton"}.get(request.param, request.param))
 
 
 def features(count: int, dim: int, seed: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,9 +172,10 @@ info_nce(torch.randn(4, 8), torch.randn(4, 8), 1.0)
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("chunk", [1, 1 << 30])
-def test_gradients_are_those_of_finite_differences(case: str, chunk: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("chunk", "few"), [(1, 0), (1 << 30, 0), (1 << 30, 1 << 18)])
+def test_gradients_are_those_of_finite_differences(case: str, chunk: int, few: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(infonce, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(infonce, "FEW", few)
     batch, count, dim, weights, separate, offset = CASES[case]
     small = [features(min(n, 4 + n // 40), min(dim, 3), i, torch.float64) for i, n in enumerate((batch, count, batch))]
     scale = torch.tensor(3.0, dtype=torch.float64, device=DEVICE)
@@ -240,6 +243,7 @@ class Largest(TorchDispatchMode):
 
 def test_the_matrix_is_neither_made_nor_kept(impl: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(infonce, "CHUNK_BYTES", 4 * 400 * 64)
+    monkeypatch.setattr(infonce, "FEW", 400 * 400 - 1)
     monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)  # one block of 64 rows
     tensors = [features(400, 8, 0).requires_grad_(), features(400, 8, 1).requires_grad_()]
     kept: list[int] = []
@@ -262,7 +266,8 @@ def test_only_what_needs_a_gradient_costs_one():
     assert [output.numel() for output in outputs] == [1, 0, 0, 0, 0]
 
 
-def test_gradients_of_gradients_are_refused_rather_than_wrong(impl: str):
+def test_gradients_of_gradients_are_refused_rather_than_wrong(impl: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce, "FEW", 0)
     tensors, settings = draw("one pair", torch.float32)
     first = torch.autograd.grad(called(impl, settings)(*tensors), tensors[0], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):

@@ -1,20 +1,24 @@
 """InfoNCE in one or both directions without keeping the B x N matrix of logits, with a gradient for the scale.
 
 Gradients are computed together with the loss, from tiles or chunks of logits that are thrown away, so that what is kept
-until the backward pass is of the size of the features. `impl="torch"` runs anywhere; `"triton"` needs a CUDA device.
+until the backward pass is of the size of the features. `impl="torch"` runs anywhere; `"triton"` needs a CUDA device. A
+matrix of a megabyte, on a CPU, is made whole: there that is faster.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from abd_core.kernels.dispatch import choose, launching, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
+FEW = 1 << 18  # logits up to which torch's own operations and autograd are faster on a CPU than what avoids them
 
 
 def info_nce(
@@ -63,9 +67,13 @@ def info_nce(
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     if isinstance(scale, torch.Tensor):
-        scale = scale.to(queries.device, wide).reshape(())
+        scale = scale.to(queries.device, wide)
+        scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
+    few = kind == "cpu" and queries.shape[0] * keys.shape[0] <= FEW
+    if few and impl != "triton":
+        return _without_autocast(kind, _composed, queries, keys, scale, positives, weights, offset)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
@@ -88,19 +96,19 @@ def _check(
         )
     if queries.dtype not in DTYPES:
         raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {queries.dtype}")
-    others = {"keys": keys, "positives": queries if positives is None else positives}
-    for name, other in others.items():
-        if other.dtype != queries.dtype or other.device != queries.device:
+    for name, other in (("keys", keys), ("positives", positives)):
+        if other is not None and (other.dtype != queries.dtype or other.device != queries.device):
             here, there = f"{other.dtype} on {other.device}", f"{queries.dtype} on {queries.device}"
             raise ValueError(f"info_nce: {name} are {here}, queries {there}")
     if positives is not None and positives.shape != queries.shape:
         raise ValueError(f"info_nce: positives {tuple(queries.shape)} expected, not {tuple(positives.shape)}")
-    if not 0 <= offset <= len(keys) - len(queries):
-        raise ValueError(f"info_nce: offset {offset} with {len(queries)} queries and {len(keys)} keys")
+    batch, count = queries.shape[0], keys.shape[0]
+    if not 0 <= offset <= count - batch:
+        raise ValueError(f"info_nce: offset {offset} with {batch} queries and {count} keys")
     if not any(weights):
         raise ValueError("info_nce: a direction with a weight other than 0 expected")
-    if weights[1] and len(keys) != len(queries):
-        raise ValueError(f"info_nce: both directions need as many keys as queries, not {len(keys)} and {len(queries)}")
+    if weights[1] and count != batch:
+        raise ValueError(f"info_nce: both directions need as many keys as queries, not {count} and {batch}")
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
 
@@ -139,10 +147,15 @@ def _run(
         forward = _forward
     given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
     with launching(queries.device):
-        if not torch.is_autocast_enabled(queries.device.type):
-            return forward(*given)
-        with torch.autocast(queries.device.type, enabled=False):  # which would reach into the operator
-            return forward(*given)
+        return _without_autocast(queries.device.type, forward, *given)
+
+
+def _without_autocast(kind: str, make: Callable[..., Any], *given: Any) -> Any:
+    """What `make` returns; autocast would reach into it."""
+    if not torch.is_autocast_enabled(kind):
+        return make(*given)
+    with torch.autocast(kind, enabled=False):
+        return make(*given)
 
 
 _op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
@@ -199,6 +212,26 @@ _eager = torch.compiler.disable(_Eager.apply)
 # --- in torch ---------------------------------------------------------------------------------------------------------
 
 
+def _composed(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    scale: torch.Tensor,
+    positives: torch.Tensor | None,
+    weights: tuple[float, float],
+    offset: int,
+) -> torch.Tensor:
+    """The loss by torch's own operations, with the whole matrix."""
+    q, k = queries.to(scale.dtype), keys.to(scale.dtype)
+    logits = scale * q @ k.T
+    if positives is not None:
+        logits = logits.diagonal_scatter(scale * (q * positives.to(scale.dtype)).sum(1), offset)
+    own = torch.arange(offset, offset + q.shape[0], device=q.device)
+    row_weight, column_weight = weights
+    loss = F.cross_entropy(logits, own) if row_weight else logits.new_zeros(())
+    loss = loss if row_weight in (0, 1) else row_weight * loss
+    return loss + column_weight * F.cross_entropy(logits.T, own) if column_weight else loss
+
+
 def _forward(
     queries: torch.Tensor,
     keys: torch.Tensor,
@@ -209,10 +242,13 @@ def _forward(
     grads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chunks of rows: a pass for the columns' sums where there is more than one chunk, and a pass for all the rest."""
+    batch, (row_weight, column_weight) = len(queries), weights
+    rows = max(1, min(batch, CHUNK_BYTES // (len(keys) * scale.element_size())))
+    if not grads and rows == batch:
+        value = _composed(queries, keys, scale, positives, weights, offset)
+        return value, scale.new_empty(0), scale.new_empty(0), scale.new_empty(0), scale.new_empty(0)
     q, k = queries.to(scale.dtype), keys.to(scale.dtype)
     p = None if positives is None else positives.to(scale.dtype)
-    batch, (row_weight, column_weight) = len(q), weights
-    rows = max(1, min(batch, CHUNK_BYTES // (len(k) * q.element_size())))
 
     def chunks() -> Iterator[tuple[slice, int, torch.Tensor]]:
         """Rows, the diagonal on which their positives lie, logits."""
@@ -223,15 +259,8 @@ def _forward(
                 logits.diagonal(start + offset).copy_(scale * (q[part] * p[part]).sum(1))
             yield part, start + offset, logits
 
-    several = rows < batch
-    if not grads and not several:
-        ((_, _, logits),) = chunks()
-        terms = [
-            logits.log_softmax(side).diagonal(offset).sum() * -w for side, w in zip((1, 0), weights, strict=True) if w
-        ]
-        return torch.stack(terms).sum() / batch, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
     columns = q.new_full((len(k),), -torch.inf)
-    if column_weight and several:
+    if column_weight and rows < batch:
         for _, _, logits in chunks():
             columns = torch.logaddexp(columns, logits.logsumexp(0))
     total = q.new_zeros(())
@@ -239,17 +268,16 @@ def _forward(
     dp = q.new_empty(q.shape if grads and p is not None else (0,))
     for part, diagonal, logits in chunks():
         own = logits.diagonal(diagonal).clone()
-        share: torch.Tensor | None = (
-            None  # the probabilities, weighted; each direction's overwrite a copy of the logits
-        )
+        # The probabilities, weighted. The last direction's overwrite the logits.
+        share: torch.Tensor | None = None
         if row_weight:
             top = logits.amax(1, keepdim=True)
-            share = (logits - top).exp_()
-            sums = share.sum(1, keepdim=True)
+            share = logits - top if column_weight else logits.sub_(top)
+            sums = share.exp_().sum(1, keepdim=True)
             total += row_weight * (top + sums.log() - own[:, None]).sum()
             share *= row_weight / sums
         if column_weight:
-            if not several:
+            if rows == batch:
                 columns = logits.logsumexp(0)
             total += column_weight * (columns[diagonal : diagonal + len(own)] - own).sum()
             odds = logits.sub_(columns).exp_().mul_(column_weight)
