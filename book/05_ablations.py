@@ -384,15 +384,15 @@ plots.bullets(
 # %% [markdown]
 # ## The search for the settings of each defence
 #
-# On the split `dev`, whose artwork and seeds are others than those of the results, and in the same way for all defences that train, but for ABD's
-# controls *noise patch* and *Gaussian noise* and its ablations, which have its settings: learning rates of
-# 5e-4 and 1e-3 (and 2.5e-4 for those that lose more than five points of CA even at 5e-4 with BatchNorm's statistics of the batch), with these
-# statistics or the victim's; one seed, so differences of a few points decide nothing. This extent was cut down from three seeds and all rates
-# for all after the first rows were seen. Some cells stand on another making of their victim than the rows of *none*. The rule takes the setting
-# with the lowest ASR among those whose CA is at most five points below the victim's, both averaged over the attacks; where none is, the one with
-# the highest CA. ABD's open readings count too, and kind and strength of its perturbation; how many pairs and how many epochs do not, since all
-# defences own as many pairs and take as many steps. The last columns say which one the rule takes, among the rows that have met all
-# attacks at this seed, and which one is the default that all results are of.
+# On the split `dev`, whose artwork and seeds are others than those of the results, at one seed, and with the same effort for ABD and its rivals that
+# train: as many settings of each. They are learning rates, with BatchNorm's statistics of the batch or the victim's, and what a method has of its
+# own: ABD's open readings, and kind and strength of its perturbation; the weight of CleanCLIP's in-modal loss; RoCLIP's bank and how often it
+# matches; weight and limit of PAR's shift; how much is erased, and of how many images; plain fine-tuning's weight decay and warm-up. How many pairs
+# and how many epochs do not count, since all defences own as many pairs and take as many steps. ABD's controls *noise patch* and *Gaussian noise* and
+# its ablations have its settings. ABD-D, which is this project's own, has had fewer. The rule takes the setting with the lowest ASR among those
+# whose CA is at most five points below the victim's, both averaged over the attacks; where none is, the one with the highest CA. The last columns
+# say which one the rule takes, and which one is the default that all results are of. The rivals' own settings and their further rates came
+# after the defaults and after most results; so no default is of them. Some cells stand on another making of their victim than the rows of *none*.
 
 # %%
 (seed,) = GRIDS["search"].seeds
@@ -435,9 +435,9 @@ plots.bullets(lines)
 
 # %% [markdown]
 # Where the rule takes another setting than the default, the default was chosen before these rows were complete, and the results are of it;
-# [chapter 4](04_results) has the rule's settings beside them. At one seed, a few points between two settings decide nothing. Where the rate taken is the
-# highest or the lowest tried, one beyond it might have done better. Nor was the effort the same for all: ABD, whose readings count, has had the most
-# settings, and three seeds of those, of which the rule takes the same one:
+# [chapter 4](04_results) has the rule's settings beside them. At one seed, a few points between two settings decide nothing, and the lowest of
+# so many is in part luck: on the evaluation split, at other seeds, it tends to be higher. Of ABD's readings there are three seeds, of which the
+# rule takes the same one as of the first:
 
 # %%
 readings_only = [name for name in CANDIDATES if name == OURS or name in set(GRIDS["readings"].defences)]
@@ -451,8 +451,7 @@ plots.bullets(
 
 # %% [markdown]
 # No search is on record for the rest. ABD-D's steps, windows and bound, and how much *label-consistent* hides its images, were set by hand on
-# the development split. CleanCLIP's weight of its in-modal loss stayed as published, and PAR's weight and limit too; because PAR loses much
-# clean accuracy at every rate, others of these two were tried afterwards, at its default rate.
+# the development split.
 
 # %%
 developed = everything[everything["split"] == "dev"]

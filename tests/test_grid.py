@@ -77,8 +77,9 @@ def fake(monkeypatch: pytest.MonkeyPatch, failing: tuple[str, ...] = ()) -> list
             raise JobError("no luck")
 
     def collect(job: Job) -> None:
-        rate = {"value": 0.5, "n": 4, "ci_low": 0.25, "ci_high": 0.75}
-        metrics = {split: dict.fromkeys(grid.METRICS, rate) for split in SEEDS}
+        rate = {"n": 4, "ci_low": 0.25, "ci_high": 0.75}
+        on_split = {"eval": {"value": 0.5, **rate}, "dev": {"value": 0.4, **rate}}
+        metrics = {split: dict.fromkeys(grid.METRICS, on_split[split]) for split in SEEDS}
         made = {"python": "3", "torch": "2", "open_clip": "3", "threads": 1, "device": "CPU", "git_sha": None}
         record = {"run": "", "seconds": None, "environment": made, "metrics": metrics}
         paths.write_json(job.record, record)
@@ -130,6 +131,27 @@ def test_seeds_of_development_and_of_evaluation_never_meet():
         Grid(("BadNet",), ("FT",), (0, 100))
     with pytest.raises(ConfigError, match="seed 0 on split 'dev': 100 to 199 expected"):
         grid.select(["search"], seeds=[0])
+
+
+def test_a_victim_of_the_evaluation_is_measured_on_both_splits_of_one_making(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tried = fake(monkeypatch)
+    table = tmp_path / "victims.csv"
+    (here,), (there,) = (Grid(("BadNet",), (), (0,), split).cells() for split in ("eval", "dev"))
+    assert grid.undone({there: there.job()}, table)
+    for cells in ([here], [there], [here, there]):
+        grid.run(cells, output=table)
+    assert len(tried) == 1
+    rows = read(table)
+    assert {(row["split"], row["value"], row["run_id"]) for row in rows} == {
+        ("eval", "0.5", here.job().key),
+        ("dev", "0.4", here.job().key),
+    }
+    assert len(rows) == 2 * len(grid.METRICS)
+    monkeypatch.setenv("ABD_RUNS", str(tmp_path / "none yet"))
+    (tmp_path / "one.csv").write_text("".join(line for line in table.open() if ",dev," not in line))
+    assert list(grid.undone({here: here.job(), there: there.job()}, tmp_path / "one.csv")) == [there]
 
 
 def test_cells_are_chosen_by_label_and_seed_and_victims_stay():
