@@ -270,7 +270,15 @@ GRIDS: dict[str, Grid] = {
         range(5),
     ),
     # What the rule of the search (chapter 5) takes, where that is another setting than the default.
-    "chosen": Grid(PAPER, ("PAR, shift weight 0.15", "ABD, patch area 0.01", "ABD-D, half of the batch"), range(5)),
+    "chosen": Grid(
+        PAPER,
+        (
+            *("ABD, patch area 0.01", "ABD-D, half of the batch"),
+            *("FT, weight decay 1", "CleanCLIP, lr 7.5e-4, frozen BatchNorm", "RoCLIP, bank of 1024"),
+            *("PAR, shift weight 0.15", "random erasing, share 0.75 of images"),
+        ),
+        range(5),
+    ),
     # Has the paper's letter too short a search, and does its perturbation do more than noise of its strength?
     "letter": Grid(
         PAPER, ("ABD, literal", "ABD, literal, 4400 steps", "Gaussian noise, BatchNorm of the batch"), range(3)
