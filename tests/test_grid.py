@@ -228,8 +228,9 @@ def test_a_table_alone_says_what_is_done_under_whatever_label(runs: Path, tmp_pa
     assert copied == [{**row, "paper_value": ""} for row in table if row["defence"] == "FT"]
 
 
-def test_the_committed_table_is_of_the_present_settings_and_data():
-    rows = read(grid.default_table())
+@pytest.mark.parametrize("name", ["grid.csv", "victims.csv", "costs.csv", "replication.csv"])
+def test_the_committed_tables_are_of_the_present_settings_and_data(name: str):
+    rows = read(grid.default_table().with_name(name))
     measured = {Cell(row["attack"], row["defence"], int(row["seed"]), row["split"]): row["run_id"] for row in rows}
     assert measured
     for cell, run_id in measured.items():
