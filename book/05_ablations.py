@@ -391,13 +391,14 @@ plots.bullets(
 # and how many epochs do not count, since all defences own as many pairs and take as many steps. ABD's controls *noise patch* and *Gaussian noise* and
 # its ablations have its settings. ABD-D, which is this project's own, has had fewer. The rule takes the setting with the lowest ASR among those
 # whose CA is at most five points below the victim's, both averaged over the attacks; where none is, the one with the highest CA. The last columns
-# say which one the rule takes, and which one is the default that all results are of. The rivals' own settings and their further rates came
+# say which one the rule takes, and which one is the default that all results are of. All in %, CA lost in points, *CA lost* and *ASR* as means over
+# the attacks; each row behind them, with its n and interval, is in `data/results/grid.csv`. The rivals' own settings and their further rates came
 # after the defaults and after most results; so no default is of them. Some cells stand on another making of their victim than the rows of *none*.
 
 # %%
 (seed,) = GRIDS["search"].seeds
 tuned = search[(search["seed"] == seed) & search["defence"].isin([VICTIM, *CANDIDATES])]
-tuned_on, settings = tuned["attack"].unique(), tuned["defence"].unique()
+tuned_on = tuned["attack"].unique()
 average = averages(tuned, CANDIDATES)
 jobs = {label: Cell(tuned_on[0], label, seed, "dev").job() for label in average.index}
 average["lr"] = pd.Series({label: job.config.lr for label, job in jobs.items()}, dtype=float)
@@ -407,14 +408,23 @@ standard = {
     name: next((label for label in labels if jobs[label] == Cell(tuned_on[0], name, seed, "dev").job()), "")
     for name, labels in average.index.groupby(family).items()
 }
-searched = plots.table(tuned, tuned_on, settings).reindex(columns=["CA", "ASR"])
+each_asr = tuned[tuned["metric"] == "asr"].pivot_table("value", "defence", "attack", sort=False).add_prefix("ASR on ")
+searched = average[["lost", "asr"]].rename(columns={"lost": "CA lost", "asr": "ASR"}).join(each_asr).mul(100).round(1)
 for column, labels in {"chosen": taken, "default": standard}.items():
-    searched[column] = ["yes" if defence in labels.values() else "" for _, defence in searched.index]
-searched
+    searched[column] = ["yes" if label in labels.values() else "" for label in searched.index]
+together = average["asr"] + 10 * family.factorize()[0]  # a defence's settings, the lowest ASR first
+searched.iloc[together.argsort()]
 
 # %%
 victims = differences(tuned, [(name, VICTIM) for name in jobs], ["asr"])
 lines = [f"of another machine than their victim's row: {victims['two_machines'].sum()} of the {len(victims)} cells"]
+for metric, name in {"asr": "ASR", "ca_top1": "CA"}.items():
+    rows = tuned[tuned["metric"] == metric]
+    half = 50 * (rows["ci_high"] - rows["ci_low"])
+    lines.append(
+        f"half of a row's 95 % interval of {name}, by its {rows['n'].iloc[0]} images: {half.median():.1f} points in"
+        f" the median, {half.max():.1f} at most"
+    )
 
 
 def averaged(label: str) -> str:
