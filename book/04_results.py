@@ -171,7 +171,7 @@ plots.bullets(
 )
 
 # %% [markdown]
-# How closely can 1,000 images tell? The attacks of Table I and those beyond it were made once more, and each victim was measured on the images
+# How closely can 1,000 images tell? The victims of Table I were made once more, and each was measured on the images
 # of both splits, 2,000, as the clean weights were (`data/results/victims.csv`; nothing was chosen by these rows). In points of CA,
 # for each attack the victim that loses most:
 
