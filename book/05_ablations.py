@@ -419,12 +419,12 @@ searched.iloc[together.argsort()]
 victims = differences(tuned, [(name, VICTIM) for name in jobs], ["asr"])
 lines = [f"of another machine than their victim's row: {victims['two_machines'].sum()} of the {len(victims)} cells"]
 for metric, name in {"asr": "ASR", "ca_top1": "CA"}.items():
-    rows = tuned[tuned["metric"] == metric]
-    half = 50 * (rows["ci_high"] - rows["ci_low"])
-    lines.append(
-        f"half of a row's 95 % interval of {name}, by its {rows['n'].iloc[0]} images: {half.median():.1f} points in"
-        f" the median, {half.max():.1f} at most"
-    )
+    for images, rows in tuned[tuned["metric"] == metric].groupby("n"):
+        half = 50 * (rows["ci_high"] - rows["ci_low"])
+        lines.append(
+            f"half of a row's 95 % interval of {name}, by its {images} images: {half.median():.1f} points in"
+            f" the median, {half.max():.1f} at most"
+        )
 
 
 def averaged(label: str) -> str:
