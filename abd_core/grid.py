@@ -177,8 +177,11 @@ TUNING = {
     for lr in rates
 }
 TUNING |= {f"{name}, half of the batch": {**DEFENCES[name], "perturbed_share": 0.5} for name in ("ABD-D", "ABD-D + T")}
-for name, own in RIVALS_OWN.items():
-    TUNING |= {f"{name}, {label}": {**DEFENCES[name], **changes} for label, changes in own.items()}
+TUNING |= {
+    f"{name}, {label}": {**DEFENCES[name], **changes}
+    for name, own in RIVALS_OWN.items()
+    for label, changes in own.items()
+}
 DEFENCES |= TUNING
 # What the rule of the search (`results.chosen`) may take. Pairs and epochs are the same for all defences, and an
 # adversary of one step is a control.
@@ -195,18 +198,27 @@ SEEDS = {"eval": range(100), "dev": range(100, 200)}  # split -> its seeds: noth
 class Grid:
     """Every attack against every defence, and against none, at every seed.
 
+    Attributes:
+        chooses: False where nothing can be chosen by the rows, those of victims and clean weights alone: they may be of
+            the other split's seeds.
+
     Raises:
-        ConfigError: a seed is not one of the split's, and something is defended that has settings to choose.
+        ConfigError: a seed is not one of the split's, or `chooses` is False and a defence has settings to choose.
     """
 
     attacks: tuple[str, ...]
     defences: tuple[str, ...]
     seeds: Sequence[int]
     split: str = "eval"
+    chooses: bool = True
 
     def __post_init__(self) -> None:
+        if not self.chooses:
+            if tuned := {*self.defences} - {CLEAN}:
+                raise ConfigError(f"a grid that chooses nothing: {CLEAN!r} alone expected, not {min(tuned)!r}")
+            return
         for seed in self.seeds:
-            if {*self.defences} - {CLEAN} and seed not in SEEDS[self.split]:
+            if seed not in SEEDS[self.split]:
                 allowed = SEEDS[self.split]
                 raise ConfigError(f"seed {seed} on split {self.split!r}: {allowed[0]} to {allowed[-1]} expected")
 
@@ -249,7 +261,7 @@ GRIDS: dict[str, Grid] = {
     "doses": Grid((*DOSES, *DOSED), (), range(3)),
     # Table I's victims on the other split's images as well: nothing is chosen by them, and twice the images say more
     # closely what clean accuracy an attack costs.
-    "victims": Grid(PAPER, (CLEAN,), range(5), "dev"),
+    "victims": Grid(PAPER, (CLEAN,), range(5), "dev", chooses=False),
     "no-clean-weights": Grid(
         PAPER,
         (

@@ -177,16 +177,16 @@ plots.bullets(
 # either side of it.
 
 # %%
-twin = read_results(data_dir() / "results" / "victims.csv")
-twin = twin[twin["metric"] == "ca_top1"].pivot_table("value", ["defence", "attack", "seed"], "split", sort=False)
-costs = 100 * (twin.loc["clean weights"].mean() - twin.loc[VICTIM])
-costs["both"] = costs.mean(axis=1)  # as many images on either
-shown = costs.loc[costs.groupby("attack", sort=False)["both"].idxmax()]
+on_both = read_results(data_dir() / "results" / "victims.csv")
+on_both = on_both[on_both["metric"] == "ca_top1"].pivot_table("value", ["defence", "attack", "seed"], "split", sort=False)
+lost_on = 100 * (on_both.loc["clean weights"].mean() - on_both.loc[VICTIM])
+lost_on["both"] = lost_on.mean(axis=1)  # as many images on either
+shown = lost_on.loc[lost_on.groupby("attack", sort=False)["both"].idxmax()]
 display(shown.round(2))
-beyond_aim = costs[costs > 100 * CA_LOSS].count()
+beyond_aim = lost_on[lost_on > 100 * CA_LOSS].count()
 plots.bullets(
-    f"more than {100 * CA_LOSS:.0f} points lost by {what}: {beyond_aim[column]} of {len(costs)} victims,"
-    f" the most: {costs[column].max():.2f} points"
+    f"more than {100 * CA_LOSS:.0f} points lost by {what}: {beyond_aim[column]} of {len(lost_on)} victims,"
+    f" the most: {lost_on[column].max():.2f} points"
     for column, what in {"eval": "the images of *eval*", "dev": "those of *dev*", "both": "all of them"}.items()
 )
 

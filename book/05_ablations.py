@@ -446,8 +446,7 @@ plots.bullets(lines)
 # %% [markdown]
 # Where the rule takes another setting than the default, the default was chosen before these rows were complete, and the results are of it;
 # [chapter 4](04_results) has the rule's settings beside them. At one seed, a few points between two settings decide nothing, and the lowest of
-# so many is in part luck: on the evaluation split, at other seeds, it tends to be higher. Of ABD's readings there are three seeds, of which the
-# rule takes the same one as of the first:
+# so many is in part luck. Of ABD's readings there are three seeds, of which the rule takes the same one as of the first:
 
 # %%
 readings_only = [name for name in CANDIDATES if name == OURS or name in set(GRIDS["readings"].defences)]

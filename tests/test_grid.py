@@ -131,6 +131,10 @@ def test_seeds_of_development_and_of_evaluation_never_meet():
         Grid(("BadNet",), ("FT",), (0, 100))
     with pytest.raises(ConfigError, match="seed 0 on split 'dev': 100 to 199 expected"):
         grid.select(["search"], seeds=[0])
+    with pytest.raises(ConfigError, match="seed 0 on split 'dev': 100 to 199 expected"):
+        Grid(("BadNet",), (), (0,), "dev")
+    with pytest.raises(ConfigError, match="a grid that chooses nothing: 'clean weights' alone expected, not 'FT'"):
+        Grid(("BadNet",), ("FT", "clean weights"), (0,), "dev", chooses=False)
 
 
 def test_a_victim_of_the_evaluation_is_measured_on_both_splits_of_one_making(
@@ -138,7 +142,7 @@ def test_a_victim_of_the_evaluation_is_measured_on_both_splits_of_one_making(
 ):
     tried = fake(monkeypatch)
     table = tmp_path / "victims.csv"
-    (here,), (there,) = (Grid(("BadNet",), (), (0,), split).cells() for split in ("eval", "dev"))
+    (here,), (there,) = (Grid(("BadNet",), (), (0,), split, chooses=False).cells() for split in ("eval", "dev"))
     assert grid.undone({there: there.job()}, table)
     for cells in ([here], [there], [here, there]):
         grid.run(cells, output=table)
