@@ -178,7 +178,8 @@ plots.bullets(
 
 # %%
 on_both = read_results(data_dir() / "results" / "victims.csv")
-on_both = on_both[on_both["metric"] == "ca_top1"].pivot_table("value", ["defence", "attack", "seed"], "split", sort=False)
+cells = ["defence", "attack", "seed"]
+on_both = on_both[on_both["metric"] == "ca_top1"].pivot_table("value", cells, "split", sort=False)
 lost_on = 100 * (on_both.loc["clean weights"].mean() - on_both.loc[VICTIM])
 lost_on["both"] = lost_on.mean(axis=1)  # as many images on either
 shown = lost_on.loc[lost_on.groupby("attack", sort=False)["both"].idxmax()]
