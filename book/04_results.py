@@ -174,7 +174,7 @@ plots.bullets(
 # How closely can 1,000 images tell? The victims of Table I were made once more, and each was measured on the images
 # of both splits, 2,000, as the clean weights were (`data/results/victims.csv`; nothing was chosen by these rows). In points of CA,
 # for each attack the victim that loses most. One image of all is a twentieth of a point: a victim that is nearer to the aim than a few of these may be on
-# either side of it.
+# either side of it. Where attacks have the same seed in this table, the pairs that are replaced and the order of the batches are the same too.
 
 # %%
 on_both = read_results(data_dir() / "results" / "victims.csv")
