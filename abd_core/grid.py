@@ -62,7 +62,7 @@ from abd_core.train import progress
 
 # --- what can be run: labels -> parameters of book/03_defend.ipynb ----------------------------------------------------
 
-PLACES = {"top left": "top-left", "bottom right": "bottom-right"}
+PLACES = {"top left": "top-left", "bottom right": "bottom-right", "centre": "centre"}
 # One open reading (README) or setting of ABD at a time; the label is "ABD, <reading>".
 READINGS: dict[str, dict[str, Any]] = {
     "additive": {"mode": "additive"},
@@ -132,6 +132,7 @@ RIVALS_OWN: dict[str, dict[str, dict[str, Any]]] = {
 
 ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
     "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
+    "BadCLIP, bottom right": {"attack": "badclip", "trigger_position": "bottom-right"},
 }
 # How much poison do attacks without a patch need? More than the default for those that it plants least.
 DOSES: dict[str, tuple[float, ...]] = {"Blended": (0.01, 0.03), "SIG": (0.01, 0.03)}
@@ -237,7 +238,7 @@ GRIDS: dict[str, Grid] = {
     "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(5)),  # Tables II and III
     "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
     "places": Grid(
-        ("BadNet", "BadNet, bottom right"),
+        ("BadNet", "BadNet, bottom right", "BadCLIP", "BadCLIP, bottom right"),
         (
             *("FT", "CleanCLIP", "PAR", "ABD", "ABD-D", *CONTROLS),
             *(f"{name} {place}" for name in ("ABD, patch", "noise patch,") for place in PLACES),

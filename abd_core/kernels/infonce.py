@@ -221,8 +221,10 @@ def _composed(
     offset: int,
 ) -> torch.Tensor:
     """The loss by torch's own operations, with the whole matrix."""
-    q, k = queries.to(scale.dtype), keys.to(scale.dtype)
-    logits = scale * q @ k.T
+    q, k = queries, keys
+    if q.dtype != scale.dtype:  # `to` takes its time where there is nothing to do, too
+        q, k = q.to(scale.dtype), k.to(scale.dtype)
+    logits = torch.mm(scale * q, k.t())
     if positives is not None:
         logits = logits.diagonal_scatter(scale * (q * positives.to(scale.dtype)).sum(1), offset)
     own = torch.arange(offset, offset + q.shape[0], device=q.device)
