@@ -233,23 +233,21 @@ class Grid:
 
 PAPER = ("BadNet", "Blended", "BadCLIP")
 RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
+ZOO = tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER and not kind.adaptive)
+MOVED = tuple(f"{attack}, bottom right" for attack in ("BadNet", "BadCLIP"))
 GRIDS: dict[str, Grid] = {
     "table1": Grid(PAPER, RIVALS, range(5)),
     "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(5)),  # Tables II and III
     "controls": Grid(PAPER, ("ABD", *CONTROLS), range(5)),
     "places": Grid(
-        ("BadNet", "BadNet, bottom right", "BadCLIP", "BadCLIP, bottom right"),
+        ("BadNet", "BadCLIP", *MOVED),
         (
             *("FT", "CleanCLIP", "PAR", "ABD", "ABD-D", *CONTROLS),
             *(f"{name} {place}" for name in ("ABD, patch", "noise patch,") for place in PLACES),
         ),
         range(3),
     ),
-    "zoo": Grid(
-        tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER and not kind.adaptive),
-        ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"),
-        range(3),
-    ),
+    "zoo": Grid(ZOO, ("FT", "CleanCLIP", "PAR", "ABD", "ABD-D"), range(3)),
     # An attacker who knows ABD and the audit: no drift, no place, no single target for them to find.
     "adaptive": Grid(
         (
@@ -260,9 +258,10 @@ GRIDS: dict[str, Grid] = {
         range(3),
     ),
     "doses": Grid((*DOSES, *DOSED), (), range(3)),
-    # Table I's victims on the other split's images as well: nothing is chosen by them, and twice the images say more
-    # closely what clean accuracy an attack costs.
+    # Victims on the other split's images as well: nothing is chosen by them, and twice the images say more closely what
+    # clean accuracy an attack costs.
     "victims": Grid(PAPER, (CLEAN,), range(5), "dev", chooses=False),
+    "zoo-victims": Grid((*ZOO, *MOVED), (), range(3), "dev", chooses=False),
     "no-clean-weights": Grid(
         PAPER,
         (

@@ -171,8 +171,8 @@ plots.bullets(
 )
 
 # %% [markdown]
-# How closely can 1,000 images tell? The victims of Table I were made once more, and each was measured on the images
-# of both splits, 2,000, as the clean weights were (`data/results/victims.csv`; nothing was chosen by these rows). In points of CA,
+# How closely can 1,000 images tell? The victims of Table I, and those of the attacks beyond the paper, were made once more, and each was measured on the
+# images of both splits, 2,000, as the clean weights were (`data/results/victims.csv`; nothing was chosen by these rows). In points of CA,
 # for each attack the victim that loses most. One image of all is a twentieth of a point: a victim that is nearer to the aim than a few of these may be on
 # either side of it. Where attacks have the same seed in this table, the pairs that are replaced and the order of the batches are the same too.
 
@@ -257,13 +257,13 @@ Markdown(
 # %% [markdown]
 # ## Do they reach what is asked of them?
 #
-# What this project asks of a defence, on each attack of the paper, and with the trigger of *BadNet* at another place than its own: it costs
-# little clean accuracy, and it leaves a lower ASR than CleanCLIP, than PAR, and than random erasing, a control that has no adversary. The
+# What this project asks of a defence, on each attack of the paper, and with the triggers of *BadNet* and *BadCLIP* at another place than their own: it
+# costs little clean accuracy, and it leaves a lower ASR than CleanCLIP, than PAR, and than random erasing, a control that has no adversary. The
 # answers below are those of the means over seeds alone: they say on which side a mean lies, not whether its distance is more than chance.
 # The paired intervals are above, those against random erasing in the [next chapter](05_ablations) as well.
 
 # %%
-aimed = grid[grid["attack"].isin([*in_paper, "BadNet, bottom right"])]
+aimed = grid[grid["attack"].isin([*in_paper, *GRIDS["places"].attacks])]
 reached = plots.aims_table(aims(aimed, [OURS, VARIANT]))
 reached
 
@@ -311,7 +311,8 @@ plots.bullets(findings(differences(by_rule, ruled_pairs, again=again)))
 # their captions as they are. *WaNet*'s warp is stronger than the one of attacks on photographs, in shares of the image, since at 64 px that would move
 # pixels by a seventh of their width. *Blended-Text* and *label-consistent* stay below 90 % ASR at the default dose; above is what more poison does for
 # them. *SIG* is published as a clean-label attack; here its poisoned pairs
-# are images of any class with the target's captions, as BadNet's are. *BadNet, bottom right* is BadNet at another place.
+# are images of any class with the target's captions, as BadNet's are. *BadNet, bottom right* and *BadCLIP, bottom right*
+# are these two at another place.
 
 # %%
 plots.table(grid, beyond, defences) if beyond else Markdown("No rows yet.")
