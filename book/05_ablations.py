@@ -280,7 +280,8 @@ plots.bullets(
 )
 
 # %% [markdown]
-# And does a patch at a fixed place reach what chapter 4 asks of ABD, where it lies on the trigger and where it does not? By means over seeds:
+# And does a patch at a fixed place reach what chapter 4 asks of ABD, where it lies on the trigger and where it does not? By means over seeds; a
+# patch in the centre lies on what the pictures show, and the first column tells what that costs:
 
 # %%
 plots.aims_table(aims(placed, places))
@@ -337,7 +338,8 @@ plots.bullets(
 # perturbation is not the backdoor found. Then ABD works, where it works, as fine-tuning on images of which a part is replaced, and its
 # controls share that; ABD-D, whose perturbations are sought where victim and clean base disagree, shows by its rows what a backdoor found
 # looks like. What ABD does beyond its controls, by the points above, needs another reason. A conjecture is that BadCLIP's trigger, itself
-# a patch that was optimised on a CLIP, has in common with ABD's what noise has not. Then, on BadCLIP and not elsewhere, ABD's patch moves the
+# a patch that was optimised on a CLIP, has in common with ABD's what noise has not. Then ABD leaves less than a patch of noise wherever BadCLIP's
+# trigger lies, and not so on *BadNet*, which the rows of places above tell. And, on BadCLIP and not elsewhere, ABD's patch moves the
 # features more in the trigger's direction than a patch of noise does: on the victim, and by what the poisoning has added to the clean base. And
 # if the adversary has learnt that, ABD's patch does so more than the untrained one. Cosines of the mean shifts, ABD's less the other's, paired
 # by seed:
