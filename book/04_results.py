@@ -177,9 +177,9 @@ plots.bullets(
 # either side of it. Where attacks have the same seed in this table, the pairs that are replaced and the order of the batches are the same too.
 
 # %%
-on_both = read_results(data_dir() / "results" / "victims.csv")
-cells = ["defence", "attack", "seed"]
-on_both = on_both[on_both["metric"] == "ca_top1"].pivot_table("value", cells, "split", sort=False)
+anew = read_results(data_dir() / "results" / "victims.csv")
+anew = anew[anew["metric"] == "ca_top1"]
+on_both = anew.pivot_table("value", ["defence", "attack", "seed"], "split", sort=False)
 lost_on = 100 * (on_both.loc["clean weights"].mean() - on_both.loc[VICTIM])
 lost_on["both"] = lost_on.mean(axis=1)  # as many images on either
 shown = lost_on.loc[lost_on.groupby("attack", sort=False)["both"].idxmax()]
@@ -189,6 +189,25 @@ plots.bullets(
     f"more than {100 * CA_LOSS:.0f} points lost by {what}: {beyond_aim[column]} of {len(lost_on)} victims,"
     f" the most: {lost_on[column].max():.2f} points"
     for column, what in {"eval": "the images of *eval*", "dev": "those of *dev*", "both": "all of them"}.items()
+)
+
+# %% [markdown]
+# And how closely can one making tell? The same victims by the rows of the tables above, which are of other code or of another machine, and so of
+# other rounding, beside these, on the images of *eval*:
+
+# %%
+anew = anew[anew["split"].eq("eval") & anew["defence"].eq(VICTIM)].set_index(["attack", "seed"])
+made_twice = each.join(anew[["value", "git_sha"]].add_suffix(" anew")).dropna(subset="value anew")
+made_twice = made_twice[made_twice["git_sha"] != made_twice["git_sha anew"]]
+apart = 100 * (made_twice["value anew"] - made_twice["value"])
+by_seed = (100 * made_twice["lost"] - apart / 2).groupby("seed").mean()
+plots.bullets(
+    [
+        f"CA of {len(apart)} victims, second making less the first: {apart.mean():+.1f} points in the mean,"
+        f" {apart.pow(2).mean() ** 0.5:.1f} as root mean square, {apart.abs().max():.1f} at most",
+        "CA lost by seed, mean of both makings over the attacks: "
+        + "; ".join(f"seed {seed} {lost:+.1f}" for seed, lost in by_seed.items()),
+    ]
 )
 
 # %% [markdown]
