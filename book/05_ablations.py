@@ -244,7 +244,8 @@ plots.bullets(
 # rows have five seeds where the attack is at its own place, all others three.
 #
 # Some of these rows are of another machine than the others. Where a row's partner has been run on that machine too, the differences below take
-# it from there, so that both sides met the same victim.
+# it from there, so that both sides met the same victim. The patches in the centre, and all that met *BadCLIP* but its plain rows, came later, with
+# victims that were made anew: against older rows, the noise of a second making (chapter 4) is in the differences as well.
 
 # %% mystnb={"figure": {"caption": "Where the trigger is and where the patch goes; the paper has no such comparison."}, "image": {"alt": "Heat map of attack success by place of the trigger and place of the patch"}}
 places = variants(grid, r"patch (?:top|bottom|centre)")
