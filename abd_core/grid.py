@@ -130,10 +130,12 @@ RIVALS_OWN: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()} | {
-    "BadNet, bottom right": {"attack": "badnet", "trigger_position": "bottom-right"},
-    "BadCLIP, bottom right": {"attack": "badclip", "trigger_position": "bottom-right"},
+ATTACKS: dict[str, dict[str, Any]] = {kind.title: {"attack": name} for name, kind in triggers.TRIGGERS.items()}
+MOVED = {  # away from their own place
+    f"{name}, bottom right": {**ATTACKS[name], "trigger_position": PLACES["bottom right"]}
+    for name in ("BadNet", "BadCLIP")
 }
+ATTACKS |= MOVED
 # How much poison do attacks without a patch need? More than the default for those that it plants least.
 DOSES: dict[str, tuple[float, ...]] = {"Blended": (0.01, 0.03), "SIG": (0.01, 0.03)}
 DOSES |= {"label-consistent": (0.01, 0.03, 0.2), "Blended-Text": (0.01, 0.03, 0.2)}
@@ -234,7 +236,6 @@ class Grid:
 PAPER = ("BadNet", "Blended", "BadCLIP")
 RIVALS = tuple(kind.title for kind in defences.DEFENCES.values() if kind.title not in CONTROLS)
 ZOO = tuple(kind.title for kind in triggers.TRIGGERS.values() if kind.title not in PAPER and not kind.adaptive)
-MOVED = tuple(f"{attack}, bottom right" for attack in ("BadNet", "BadCLIP"))
 GRIDS: dict[str, Grid] = {
     "table1": Grid(PAPER, RIVALS, range(5)),
     "ablations": Grid(PAPER, ("I + T", "I_adv + T", "I + T_eda", "ABD", "UAP + T"), range(5)),  # Tables II and III
