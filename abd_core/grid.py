@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -614,7 +615,7 @@ def run(
     todo, failed, running = dict(missing), dict[Job, str](), dict[Future[None], Job]()
     pool: Executor = ThreadPoolExecutor(processes)  # a thread waits for its kernel, which is a process
     if not notebooks:
-        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+        pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_child)
     with progress(stage="grid", total=total, initial=total - len(missing), unit="job") as bar:
         try:
             while todo or running:
@@ -643,9 +644,16 @@ def run(
     return [line for line in failed.values() if line]
 
 
-def _quiet() -> None:
-    """No bars of processes that share a terminal."""
+def _child() -> None:
+    """A pool's process shows no bars, as all share a terminal, and ends when its parent does, however that ends."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 def pooled(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterator[tuple[Any, Any | AbdError]]:
@@ -662,7 +670,7 @@ def pooled(make: Callable[[Any], Any], items: Sequence[Any], processes: int) -> 
             yield item, _made(functools.partial(make, item))
         return
     use_cores(processes)  # the children take OMP_NUM_THREADS over
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_quiet)
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_child)
     try:
         running = {pool.submit(make, item): item for item in items}
         for future in as_completed(running):

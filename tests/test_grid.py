@@ -377,12 +377,35 @@ def test_ctrl_c_ends_the_grid_and_its_kernels_at_once(runs: Path, tmp_path: Path
     finally:
         child.kill()
     assert child.returncode == 130 and "interrupted: what is done is kept" in errors and "Traceback" not in errors
+    ended_within_20_seconds(int(marker.read_text()))
+
+
+def ended_within_20_seconds(*processes: int) -> None:
     for _ in range(200):
-        if not Path(f"/proc/{marker.read_text()}").exists():
-            break
+        if not any(Path(f"/proc/{process}").exists() for process in processes):
+            return
         time.sleep(0.1)
-    else:
-        pytest.fail("the kernel is still there")
+    pytest.fail("a process is still there")
+
+
+def hang(marker: str) -> None:
+    Path(marker).write_text(str(os.getpid()))
+    time.sleep(900)
+
+
+def test_the_processes_of_a_pool_end_with_their_parent_however_that_ends(tmp_path: Path):
+    markers = [tmp_path / "1", tmp_path / "2"]
+    parent = start_python(
+        "import test_grid\n"
+        f"for _ in test_grid.grid.pooled(test_grid.hang, {[str(marker) for marker in markers]}, 2): pass"
+    )
+    try:
+        while not all(marker.exists() and marker.read_text() for marker in markers):
+            assert parent.poll() is None, parent.communicate()
+            time.sleep(0.1)
+    finally:
+        parent.kill()
+    ended_within_20_seconds(*(int(marker.read_text()) for marker in markers))
 
 
 @pytest.mark.slow
