@@ -257,6 +257,22 @@ def test_no_pattern_is_as_good_as_none(impl: str):
     assert images.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_no_number_stays_none_and_infinities_are_clamped(kind: str, impl: str):
+    images, settings = arguments(kind)
+    if "choice" in settings:
+        settings["choice"][:2] = torch.tensor([0, -1])
+    for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+        if "patterns" in settings:
+            settings["patterns"][0, i, 0, 0] = value
+        if kind in ("nothing", "a field", "one of two fields"):  # a patch may hide it
+            images[i, :, -1, -1] = value
+    wanted = painted(images, settings)
+    assert wanted.isnan().any()
+    got = perturb(images, **settings, normalise=MEAN_STD, impl=impl)
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=2e-6, equal_nan=True)
+
+
 def test_the_gradient_passes_at_the_bounds_themselves(impl: str):
     images = torch.tensor([-0.1, 0.0, 1.0, 1.1], device=DEVICE).expand(1, 3, 1, 4).clone().requires_grad_()
     perturb(images, impl=impl).sum().backward()

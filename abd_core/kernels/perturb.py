@@ -37,8 +37,7 @@ def perturb(
     over the batch in a fixed order: the same inputs give the same bits.
 
     Args:
-        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255. NaN stays NaN in "torch" and
-            becomes 0 in "triton".
+        images: (B, C, H, W), floating point in [0, 1], or uint8, which is divided by 255.
         patterns: (P, C, h, w), floating point; None: no image gets one.
         choice: int64 (B,), each image's pattern, or -1 for none. None: the only one there is.
         keep, gain: of a pattern, (P,) or one number for all. (0, 1) pastes, (1, 1) adds, (1 - a, a) blends.
@@ -329,6 +328,7 @@ def _windows(
         keep, gain = weights[:, choice.clamp_min(0)].view(2, -1, 1, 1, 1)
         keep, gain = torch.where(bare, 1, keep), torch.where(bare, 0, gain)
         chosen = patterns[choice.clamp_min(0)]
+        chosen[choice < 0] = 0  # an infinity times a gain of 0 is no number
     else:
         keep, gain = weights.new_ones(1, 1, 1, 1), weights.new_zeros(1, 1, 1, 1)
         chosen, h, w = patterns.new_zeros(1, x.shape[1], 0, 0), 0, 0

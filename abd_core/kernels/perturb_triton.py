@@ -169,8 +169,9 @@ def _paint(
 
 @triton.jit
 def _normalised(value, MEAN: tl.constexpr, FACTOR: tl.constexpr):
-    """Clamped and normalised."""
-    return tl.minimum(tl.maximum(value, 0.0), 1.0) * FACTOR - MEAN * FACTOR
+    """Clamped and normalised; NaN stays NaN."""
+    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, 1.0, propagate_nan=tl.PropagateNan.ALL) * FACTOR - MEAN * FACTOR
 
 
 @triton.jit
