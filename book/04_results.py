@@ -120,9 +120,9 @@ plots.single_runs(grid, in_paper, defences)
 # %% [markdown]
 # ## The same seeds on another machine
 #
-# The rows above are of one machine, but for *ABD, literal*. The cells of some seeds were made on another one as well,
-# `data/results/replication.csv`: with the same draws, but with other rounding, which training amplifies: the machine's, and that of code that has
-# come to compute less since ([chapter 7](07_kernels)). The table shows how far two runs lie apart, as root mean square over all defences, in points.
+# Most rows above are of one machine; the rest, and some of the first ones' cells once more (`data/results/replication.csv`), are of another: with the
+# same draws, but with other rounding, which training amplifies: the machine's, and that of code that has come to compute less since
+# ([chapter 7](07_kernels)). The second table shows how far two runs lie apart, as root mean square over all defences, in points.
 # What two machines differ by at one seed is the noise that no seed fixes; where two single runs differ by no more, they do not differ. Two seeds
 # differ by that and by everything that a seed draws, and both are in the intervals over seeds.
 
@@ -135,14 +135,20 @@ plots.replication_table(grid, again)
 #
 # A defence can only be judged by a backdoor that is there, and an attack that costs clean accuracy would give itself away. All in %, CA in
 # points below that of the clean weights (negative: above it): means over an attack's victims, and the worst of them. CA is over all classes; what
-# becomes of the target's own, which it hides, is in [chapter 6](06_similarity).
+# becomes of the target's own, which it hides, is in [chapter 6](06_similarity). [Which draws count](#which-draws-count) is below.
 
 # %%
-clean_ca = grid[(grid["defence"] == "clean weights") & (grid["metric"] == "ca_top1")].groupby("seed")["value"].first()
-untreated = grid[grid["defence"] == VICTIM]
+beside = config.path.parent / "not_taken" / config.path.name  # draws that do not count, see below
+left_out = read_results(beside) if beside.exists() else grid.iloc[:0]
+left_out = left_out[left_out["split"] == config.split]
+tried = pd.concat([grid, left_out])
+clean_ca = tried[(tried["defence"] == "clean weights") & (tried["metric"] == "ca_top1")]
+clean_ca = clean_ca.groupby("seed")["value"].first()
+untreated = tried[tried["defence"] == VICTIM]
 victims = untreated.pivot_table("value", ["attack", "seed"], "metric", sort=False).reindex(columns=["asr", "ca_top1"])
 victims["lost"] = victims.index.get_level_values("seed").map(clean_ca) - victims["ca_top1"]
-asr, lost = (victims.groupby("attack", sort=False)[name] for name in ("asr", "lost"))
+counted = victims.drop(left_out["seed"].unique(), level="seed")
+asr, lost = (counted.groupby("attack", sort=False)[name] for name in ("asr", "lost"))
 worst = {"ASR": asr.mean(), "least ASR": asr.min(), "CA lost": lost.mean(), "most CA lost": lost.max()}
 (100 * pd.DataFrame(worst)).round(1)
 
@@ -155,19 +161,70 @@ missed = {
     f"mean CA more than {100 * CA_LOSS:.0f} points lost": lost.mean() > CA_LOSS,
     f"a single victim's CA more than {100 * CA_LOSS:.0f} points lost": lost.max() > CA_LOSS,
 }
+plots.bullets(
+    f"{aim}: {', '.join(f'*{name}*' for name in short.index[short]) or 'no attack'}" for aim, short in missed.items()
+)
+
+# %% [markdown]
+# ### Which draws count
+#
+# A seed draws which pairs are replaced and the order of the batches; the attacks share both. The first five draws, 0 to 4, were made first, and with
+# one of them, 3, *BadNet* does not take: its victim loses more clean accuracy than the aim of `poison` allows, which is older than any row. Made again, all
+# three attacks of Table I missed that aim with draw 3, and with no other (`data/results/victims.csv`, below). An attacker can see this before giving
+# the model away, and draws again; and what defences do with a victim that no attacker would give away is not Table I's question. So Table I, its
+# ablations, its controls and Fig. 2 have the first five draws with which each of the three attacks takes, whatever the defences made of them. A test
+# holds them to that.
+#
+# This rule came when the rows of draw 3 were known. They are kept in `data/results/not_taken`, and below is what they would change. In %; CA lost in
+# points, on *eval*.
+
+# %%
+paper_attack = victims.index.get_level_values("attack").isin(GRIDS["table1"].attacks)
+draws = (100 * victims.loc[paper_attack, ["asr", "lost"]]).round(1).unstack("attack", sort=False)
+draws = draws.rename(columns={"asr": "ASR", "lost": "CA lost"}).sort_index()
+draws[("counts", "")] = ["no" if seed in set(left_out["seed"]) else "yes" for seed in draws.index]
+draws
+
+# %% [markdown]
+# Each victim beyond the aim for clean accuracy, whether it counts or not:
+
+# %%
 each = untreated[untreated["metric"] == "ca_top1"].set_index(["attack", "seed"])
 each = each.assign(lost=victims["lost"], clean=each.index.get_level_values("seed").map(clean_ca))
 twice = again[again["defence"].eq(VICTIM) & again["metric"].eq("ca_top1")].set_index(["attack", "seed"])["value"]
 each = each.assign(asked=each["clean"] - CA_LOSS, elsewhere=each["clean"] - twice)
 plots.bullets(
-    [f"{aim}: {', '.join(f'*{name}*' for name in short.index[short]) or 'no attack'}" for aim, short in missed.items()]
-    + [
+    [
         f"*{escape.markdown(attack)}*, seed {seed}: {100 * row['lost']:.1f} points lost. Its CA's own 95 % interval,"
         f" {100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f} %,"
         f" {'holds' if row['ci_high'] >= row['asked'] else 'lies below'} the aim, {100 * row['asked']:.1f} %."
         + ("" if pd.isna(row["elsewhere"]) else f" Made on another machine: {100 * row['elsewhere']:.1f} points lost")
         for (attack, seed), row in each[each["lost"] > CA_LOSS].iterrows()
     ]
+    or ["none"]
+)
+
+# %% [markdown]
+# Table I with the draws that count, and with all that were made:
+
+# %%
+made = {"draws that count": grid, "all": tried}
+pd.concat({name: plots.table(rows, in_paper, defences)[["CA", "ASR"]] for name, rows in made.items()}, axis=1)
+
+# %% [markdown]
+# And of the answers to [what is asked of a defence](#do-they-reach-what-is-asked-of-them), those that would be others:
+
+# %%
+by_draws = {name: plots.aims_table(aims(rows, [OURS, VARIANT])) for name, rows in made.items()}
+answers = {name: reached.loc[:, reached.columns.str.endswith("?")].stack() for name, reached in by_draws.items()}
+plots.bullets(
+    [
+        f"{defence} on *{escape.markdown(attack)}*, {question} **{answer}** with the draws that count,"
+        f" **{answers['all'][defence, attack, question]}** with all"
+        for (defence, attack, question), answer in answers["draws that count"].items()
+        if answer != answers["all"][defence, attack, question]
+    ]
+    or ["none"]
 )
 
 # %% [markdown]
@@ -192,7 +249,7 @@ plots.bullets(
 )
 
 # %% [markdown]
-# And how closely can one making tell? The same victims by the rows of the tables above, which are of other code or of another machine, and so of
+# And how closely can one making tell? The same victims by the rows above, which are of other code or of another machine, and so of
 # other rounding, beside these, on the images of *eval*:
 
 # %%

@@ -24,8 +24,8 @@ from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.grid import ATTACKS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Cell, Grid, Job, JobError
 from abd_core.notebook import stage_configs, stage_parameters
-from abd_core.poison import poison
-from abd_core.results import COLUMNS
+from abd_core.poison import poison, took
+from abd_core.results import COLUMNS, VICTIM
 
 SMALL = {
     "ATTACKS": {
@@ -232,13 +232,34 @@ def test_a_table_alone_says_what_is_done_under_whatever_label(runs: Path, tmp_pa
     assert copied == [{**row, "paper_value": ""} for row in table if row["defence"] == "FT"]
 
 
-@pytest.mark.parametrize("name", ["grid.csv", "victims.csv", "costs.csv", "replication.csv"])
+@pytest.mark.parametrize(
+    "name",
+    ["grid.csv", "victims.csv", "costs.csv", "replication.csv", "not_taken/grid.csv", "not_taken/replication.csv"],
+)
 def test_the_committed_tables_are_of_the_present_settings_and_data(name: str):
-    rows = read(grid.default_table().with_name(name))
+    rows = read(grid.default_table().parent / name)
     measured = {Cell(row["attack"], row["defence"], int(row["seed"]), row["split"]): row["run_id"] for row in rows}
     assert measured
     for cell, run_id in measured.items():
         assert cell.job().key == run_id, f"{cell}: measured with other settings or data: measure it again"
+
+
+def test_the_tables_seeds_are_the_first_with_which_each_attack_of_the_paper_takes():
+    tables = [grid.default_table().parent / folder / "grid.csv" for folder in (".", "not_taken")]
+    kept, left_out = ([row for row in read(path) if row["split"] == "eval"] for path in tables)
+    measured = {(row["attack"], row["defence"], int(row["seed"]), row["metric"]): row for row in kept + left_out}
+
+    def takes(attack: str, seed: int) -> bool:
+        def of(defence: str) -> dict[str, dict[str, float]]:
+            return {name: {"value": float(measured[attack, defence, seed, name]["value"])} for name in grid.METRICS}
+
+        return took({"eval": of(VICTIM), "base_eval": of(grid.CLEAN)})
+
+    tried = range(max(grid.TAKEN) + 1)
+    took_all = [seed for seed in tried if all(takes(attack, seed) for attack in grid.PAPER)]
+    assert took_all == [*grid.TAKEN] and len(took_all) >= 5
+    of_paper = {int(row["seed"]) for row in kept if row["attack"] in grid.PAPER}
+    assert of_paper == {*grid.TAKEN} and {int(row["seed"]) for row in left_out} == {*tried} - of_paper
 
 
 def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: Path, tmp_path: Path, monkeypatch):
