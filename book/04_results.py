@@ -147,7 +147,7 @@ clean_ca = clean_ca.groupby("seed")["value"].first()
 untreated = tried[tried["defence"] == VICTIM]
 victims = untreated.pivot_table("value", ["attack", "seed"], "metric", sort=False).reindex(columns=["asr", "ca_top1"])
 victims["lost"] = victims.index.get_level_values("seed").map(clean_ca) - victims["ca_top1"]
-counted = victims.drop(left_out["seed"].unique(), level="seed")
+counted = victims[~victims.index.isin(pd.MultiIndex.from_frame(left_out[["attack", "seed"]]))]
 asr, lost = (counted.groupby("attack", sort=False)[name] for name in ("asr", "lost"))
 worst = {"ASR": asr.mean(), "least ASR": asr.min(), "CA lost": lost.mean(), "most CA lost": lost.max()}
 (100 * pd.DataFrame(worst)).round(1)
@@ -175,34 +175,46 @@ plots.bullets(
 # ablations, its controls and Fig. 2 have the first five draws with which each of the three attacks takes, whatever the defences made of them. A test
 # holds them to that.
 #
-# This rule came when the rows of draw 3 were known. They are kept in `data/results/not_taken`, and below is what they would change. In %; CA lost in
-# points, on *eval*.
+# The attacks beyond the paper, which were made twice too, have the first three draws with which each takes by itself: 0, 1 and 2. One is an exception:
+# *Blended-Text* cost less clean accuracy than the aim allows with draw 0 at first, and more the second time. A draw counts if the attack takes in each
+# making of it, so the next ones were tried: not 3, which costs too much here as well, but 4. (Those that blend and *label-consistent*
+# are held to the aim for clean accuracy alone: their ASR depends on the [dose](#how-much-poison-they-need).)
+#
+# These rules came when the rows of the draws that they leave out were known. Those are kept in `data/results/not_taken`, and below is what they would
+# change. First the attacks of Table I, in %; CA lost in points, on *eval*.
 
 # %%
 paper_attack = victims.index.get_level_values("attack").isin(GRIDS["table1"].attacks)
 draws = (100 * victims.loc[paper_attack, ["asr", "lost"]]).round(1).unstack("attack", sort=False)
 draws = draws.rename(columns={"asr": "ASR", "lost": "CA lost"}).sort_index()
-draws[("counts", "")] = ["no" if seed in set(left_out["seed"]) else "yes" for seed in draws.index]
+draws[("counts", "")] = ["yes" if seed in GRIDS["table1"].seeds else "no" for seed in draws.index]
 draws
 
 # %% [markdown]
-# Each victim beyond the aim for clean accuracy, whether it counts or not:
+# Each draw with which an attack, in any making, costs more clean accuracy than the aim allows, whether the draw counts or not:
 
 # %%
-each = untreated[untreated["metric"] == "ca_top1"].set_index(["attack", "seed"])
-each = each.assign(lost=victims["lost"], clean=each.index.get_level_values("seed").map(clean_ca))
-twice = again[again["defence"].eq(VICTIM) & again["metric"].eq("ca_top1")].set_index(["attack", "seed"])["value"]
-each = each.assign(asked=each["clean"] - CA_LOSS, elsewhere=each["clean"] - twice)
-plots.bullets(
-    [
-        f"*{escape.markdown(attack)}*, seed {seed}: {100 * row['lost']:.1f} points lost. Its CA's own 95 % interval,"
-        f" {100 * row['ci_low']:.1f} to {100 * row['ci_high']:.1f} %,"
-        f" {'holds' if row['ci_high'] >= row['asked'] else 'lies below'} the aim, {100 * row['asked']:.1f} %."
-        + ("" if pd.isna(row["elsewhere"]) else f" Made on another machine: {100 * row['elsewhere']:.1f} points lost")
-        for (attack, seed), row in each[each["lost"] > CA_LOSS].iterrows()
-    ]
-    or ["none"]
-)
+anew = read_results(data_dir() / "results" / "victims.csv")
+anew_here = anew[anew["split"] == config.split]
+clean_anew = anew_here[(anew_here["defence"] == "clean weights") & (anew_here["metric"] == "ca_top1")]
+clean_anew = clean_anew.groupby("seed")["value"].first()
+made_of = ((tried, clean_ca), (again, clean_ca), (anew_here, clean_anew))
+makings = pd.concat([rows.assign(clean=rows["seed"].map(base)) for rows, base in made_of], ignore_index=True)
+makings = makings[makings["defence"].eq(VICTIM) & makings["metric"].eq("ca_top1")]
+makings = makings.assign(lost=makings["clean"] - makings["value"], aim=makings["clean"] - CA_LOSS)
+makings = makings.dropna(subset="lost").drop_duplicates(["run_id", "git_sha"])
+costly = []
+for (attack, seed), each in makings.groupby(["attack", "seed"], sort=False):
+    most = each.loc[each["value"].idxmin()]
+    if most["lost"] > CA_LOSS:
+        costly.append(
+            f"*{escape.markdown(attack)}*, seed {seed},"
+            f" which {'counts' if (attack, seed) in counted.index else 'does not count'}:"
+            f" {', '.join(f'{100 * lost:.1f}' for lost in each['lost'])} points lost."
+            f" Where it is most, CA's own 95 % interval, {100 * most['ci_low']:.1f} to {100 * most['ci_high']:.1f} %,"
+            f" {'holds' if most['ci_high'] >= most['aim'] else 'lies below'} the aim, {100 * most['aim']:.1f} %"
+        )
+plots.bullets(costly or ["none"])
 
 # %% [markdown]
 # Table I with the draws that count, and with all that were made:
@@ -234,7 +246,6 @@ plots.bullets(
 # either side of it. Where attacks have the same seed in this table, the pairs that are replaced and the order of the batches are the same too.
 
 # %%
-anew = read_results(data_dir() / "results" / "victims.csv")
 anew = anew[anew["metric"] == "ca_top1"]
 on_both = anew.pivot_table("value", ["defence", "attack", "seed"], "split", sort=False)
 lost_on = 100 * (on_both.loc["clean weights"].mean() - on_both.loc[VICTIM])
@@ -254,7 +265,8 @@ plots.bullets(
 
 # %%
 anew = anew[anew["split"].eq("eval") & anew["defence"].eq(VICTIM)].set_index(["attack", "seed"])
-made_twice = each.join(anew[["value", "git_sha"]].add_suffix(" anew")).dropna(subset="value anew")
+first = untreated[untreated["metric"] == "ca_top1"].set_index(["attack", "seed"]).assign(lost=victims["lost"])
+made_twice = first.join(anew[["value", "git_sha"]].add_suffix(" anew")).dropna(subset="value anew")
 made_twice = made_twice[made_twice["git_sha"] != made_twice["git_sha anew"]]
 apart = 100 * (made_twice["value anew"] - made_twice["value"])
 by_seed = (100 * made_twice["lost"] - apart / 2).groupby("seed").mean()
@@ -268,7 +280,9 @@ plots.bullets(
 )
 
 # %% [markdown]
-# How much poison an attack needs: victims of those attacks whose dose was varied, by the share of the pairs that is poisoned.
+# ### How much poison they need
+#
+# Victims of those attacks whose dose was varied, by the share of the pairs that is poisoned.
 
 # %% mystnb={"figure": {"caption": "Dose and effect, means with 95 % intervals. The paper poisons 0.3 % of a far larger set."}, "image": {"alt": "Two panels of lines: attack success and clean accuracy of victims over the share of poisoned pairs"}}
 plots.doses(grid, rate=PoisonConfig.rate, title="Dose: what a victim shows of the attack, and what it costs");

@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import csv
 import functools
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import papermill
@@ -24,7 +27,7 @@ from abd_core.defend import defend
 from abd_core.evaluate import EvaluateConfig, measure
 from abd_core.grid import ATTACKS, DEFENCES, GRIDS, NOTEBOOKS, SEEDS, STAGES, Cell, Grid, Job, JobError
 from abd_core.notebook import stage_configs, stage_parameters
-from abd_core.poison import poison, took
+from abd_core.poison import ASR_AIM, CA_LOSS, poison
 from abd_core.results import COLUMNS, VICTIM
 
 SMALL = {
@@ -244,22 +247,38 @@ def test_the_committed_tables_are_of_the_present_settings_and_data(name: str):
         assert cell.job().key == run_id, f"{cell}: measured with other settings or data: measure it again"
 
 
-def test_the_tables_seeds_are_the_first_with_which_each_attack_of_the_paper_takes():
-    tables = [grid.default_table().parent / folder / "grid.csv" for folder in (".", "not_taken")]
-    kept, left_out = ([row for row in read(path) if row["split"] == "eval"] for path in tables)
-    measured = {(row["attack"], row["defence"], int(row["seed"]), row["metric"]): row for row in kept + left_out}
+def test_the_tables_seeds_are_the_first_with_which_an_attack_takes_however_often_it_was_made():
+    folder = grid.default_table().parent
+    kept, left_out, *again = (
+        [row for row in read(folder / name) if row["split"] == "eval"]
+        for name in ("grid.csv", "not_taken/grid.csv", "victims.csv", "replication.csv")
+    )
+    rows = [*kept, *left_out, *itertools.chain(*again)]
+    base = max(float(row["value"]) for row in rows if (row["defence"], row["metric"]) == (grid.CLEAN, "ca_top1"))
+    made = defaultdict[tuple[str, int, str], list[float]](list)
+    for row in rows:
+        if row["defence"] == VICTIM:
+            made[row["attack"], int(row["seed"]), row["metric"]].append(float(row["value"]))
+    # Of these the ASR depends on the dose, see the curve in chapter 4; this much it is at least.
+    aims = dict.fromkeys(("Blended-Stripes", "Blended-Triangles", "Blended-Text", "label-consistent"), 0.6)
 
-    def takes(attack: str, seed: int) -> bool:
-        def of(defence: str) -> dict[str, dict[str, float]]:
-            return {name: {"value": float(measured[attack, defence, seed, name]["value"])} for name in grid.METRICS}
+    def taken(*attacks: str, seeds: Sequence[int]) -> list[int]:
+        """Those of the draws up to the last of `seeds` with which each of `attacks` takes in all of its makings."""
+        return [
+            seed
+            for seed in range(max(seeds) + 1)
+            if all(min(made[attack, seed, "asr"]) >= aims.get(attack, ASR_AIM) for attack in attacks)
+            and all(min(made[attack, seed, "ca_top1"]) >= base - CA_LOSS for attack in attacks)
+        ]
 
-        return took({"eval": of(VICTIM), "base_eval": of(grid.CLEAN)})
-
-    tried = range(max(grid.TAKEN) + 1)
-    took_all = [seed for seed in tried if all(takes(attack, seed) for attack in grid.PAPER)]
-    assert took_all == [*grid.TAKEN] and len(took_all) >= 5
-    of_paper = {int(row["seed"]) for row in kept if row["attack"] in grid.PAPER}
-    assert of_paper == {*grid.TAKEN} and {int(row["seed"]) for row in left_out} == {*tried} - of_paper
+    assert taken(*grid.PAPER, seeds=grid.TAKEN) == [*grid.TAKEN] and len(grid.TAKEN) >= 5
+    zoo = GRIDS["zoo"]
+    for attack in (*zoo.attacks, *grid.MOVED):
+        seeds = zoo.draws.get(attack, zoo.seeds)
+        assert taken(attack, seeds=seeds) == [*seeds] and len(seeds) >= 3, attack
+    drawn = {(cell.attack, cell.seed) for table in GRIDS.values() if table.chooses for cell in table.cells()}
+    shown, hidden = ({(row["attack"], int(row["seed"])) for row in table} for table in (kept, left_out))
+    assert shown <= drawn and not hidden & drawn
 
 
 def test_a_failed_job_is_one_line_and_only_what_stands_on_it_is_left_out(runs: Path, tmp_path: Path, monkeypatch):

@@ -58,8 +58,9 @@ def info_nce(
         ValueError: shapes, dtypes, devices, weights or `impl` do not fit.
     """
     _check(queries, keys, scale, weights, positives, offset)
-    kind = queries.device.type
-    if torch.is_autocast_enabled(kind) and queries.dtype != torch.float64:
+    kind = "cpu" if queries.is_cpu else queries.device.type  # a device's type takes its time, beside a small batch
+    autocast = torch.is_autocast_enabled(kind)
+    if autocast and queries.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         queries, keys = queries.to(dtype), keys.to(dtype)
         positives = None if positives is None else positives.to(dtype)
@@ -71,9 +72,9 @@ def info_nce(
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    few = kind == "cpu" and queries.shape[0] * keys.shape[0] <= FEW
-    if few and impl != "triton":
-        return _without_autocast(kind, _composed, queries, keys, scale, positives, weights, offset)
+    if kind == "cpu" and impl != "triton" and len(queries) * len(keys) <= FEW:
+        whole = (queries, keys, scale, positives, weights, offset)
+        return _without_autocast(kind, _composed, *whole) if autocast else _composed(*whole)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
@@ -90,19 +91,21 @@ def _check(
     positives: torch.Tensor | None,
     offset: int,
 ) -> None:
-    if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1] or not queries.numel():
-        raise ValueError(
-            f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(queries.shape)} and {tuple(keys.shape)}"
-        )
-    if queries.dtype not in DTYPES:
-        raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {queries.dtype}")
-    for name, other in (("keys", keys), ("positives", positives)):
-        if other is not None and (other.dtype != queries.dtype or other.device != queries.device):
-            here, there = f"{other.dtype} on {other.device}", f"{queries.dtype} on {queries.device}"
-            raise ValueError(f"info_nce: {name} are {here}, queries {there}")
-    if positives is not None and positives.shape != queries.shape:
-        raise ValueError(f"info_nce: positives {tuple(queries.shape)} expected, not {tuple(positives.shape)}")
-    batch, count = queries.shape[0], keys.shape[0]
+    """Raise ValueError for what does not fit. Each look at a tensor takes its time, beside a small batch."""
+    shape, of_keys, dtype, device = queries.shape, keys.shape, queries.dtype, queries.device
+    if len(shape) != 2 or len(of_keys) != 2 or shape[1] != of_keys[1] or 0 in shape:
+        raise ValueError(f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(shape)} and {tuple(of_keys)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {dtype}")
+    if keys.dtype != dtype or keys.device != device:
+        raise ValueError(f"info_nce: keys are {keys.dtype} on {keys.device}, queries {dtype} on {device}")
+    if positives is not None:
+        if positives.dtype != dtype or positives.device != device:
+            here = f"{positives.dtype} on {positives.device}"
+            raise ValueError(f"info_nce: positives are {here}, queries {dtype} on {device}")
+        if positives.shape != shape:
+            raise ValueError(f"info_nce: positives {tuple(shape)} expected, not {tuple(positives.shape)}")
+    batch, count = shape[0], of_keys[0]
     if not 0 <= offset <= count - batch:
         raise ValueError(f"info_nce: offset {offset} with {batch} queries and {count} keys")
     if not any(weights):
