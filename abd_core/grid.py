@@ -86,6 +86,8 @@ READINGS: dict[str, dict[str, Any]] = {
     "share 1": {"share": 1.0},
     "1 epoch": {"epochs": 1},
     "6 epochs": {"epochs": 6},
+    "lr 5e-4, frozen BatchNorm": {"lr": 5e-4},
+    "lr 2e-3, frozen BatchNorm": {"lr": 2e-3},
 }
 # The tuning grid: learning rates, with BatchNorm's statistics of the batch and of the victim, for every defence that
 # trains; the label is "<defence>, lr <lr>[, frozen BatchNorm]".
@@ -188,9 +190,9 @@ TUNING |= {
     for label, changes in own.items()
 }
 DEFENCES |= TUNING
-# What the rule of the search (`results.chosen`) may take. Pairs and epochs are the same for all defences, and an
-# adversary of one step is a control.
-OPEN = tuple(name for name, changes in READINGS.items() if not {"share", "epochs", "steps"} & set(changes))
+# What the rule of the search (`results.chosen`) may take. Pairs and epochs are the same for all defences, rates are of
+# the tuning grid, and an adversary of one step is a control.
+OPEN = tuple(name for name, changes in READINGS.items() if not {"share", "epochs", "lr", "steps"} & set(changes))
 CANDIDATES = ("ABD", *TUNING, *(f"ABD, {reading}" for reading in OPEN))
 
 # --- what is run together ---------------------------------------------------------------------------------------------
