@@ -276,7 +276,7 @@ GRIDS: dict[str, Grid] = {
     # Victims on the other split's images as well: nothing is chosen by them, and twice the images say more closely what
     # clean accuracy an attack costs.
     "victims": Grid(PAPER, (CLEAN,), range(max(TAKEN) + 1), "dev", chooses=False),
-    "zoo-victims": Grid((*ZOO, *MOVED), (), range(3), "dev", chooses=False, draws={"Blended-Text": range(5)}),
+    "zoo-victims": Grid((*ZOO, *MOVED), (), range(3), "dev", chooses=False, draws=OTHERS_TAKEN),
     "no-clean-weights": Grid(
         PAPER,
         (

@@ -172,7 +172,8 @@ plots.bullets(findings(differences(grid, [(LONG, LITERAL), (LITERAL, NOISE), (LO
 # ## Patch or additive, how strong, with how much data, how fast, how long
 #
 # The first is one of the readings above, the others are questions of dose; the split is the same. *none* and *ABD* as taken here are repeated.
-# ABD's own values are the defaults of its settings:
+# The higher learning rate came after the search below, whose rule does not know it. But for one seed of the lower one, both rates met victims that were
+# made anew: the noise of a second making ([chapter 4](04_results)) is in their differences. ABD's own values are the defaults of its settings:
 
 # %%
 own = {"patch": f"{AdversaryConfig.magnitude:g} of the area", "share of pairs": DefendConfig.share}
