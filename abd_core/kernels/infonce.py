@@ -93,7 +93,7 @@ def _check(
 ) -> None:
     """Raise ValueError for what does not fit. Each look at a tensor takes its time, beside a small batch."""
     shape, of_keys, dtype, device = queries.shape, keys.shape, queries.dtype, queries.device
-    if len(shape) != 2 or len(of_keys) != 2 or shape[1] != of_keys[1] or 0 in shape:
+    if len(shape) != 2 or len(of_keys) != 2 or shape[1] != of_keys[1] or not queries.numel():
         raise ValueError(f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(shape)} and {tuple(of_keys)}")
     if dtype not in DTYPES:
         raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {dtype}")
