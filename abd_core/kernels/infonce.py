@@ -59,8 +59,7 @@ def info_nce(
     """
     _check(queries, keys, scale, weights, positives, offset)
     kind = "cpu" if queries.is_cpu else queries.device.type  # a device's type takes its time, beside a small batch
-    autocast = torch.is_autocast_enabled(kind)
-    if autocast and queries.dtype != torch.float64:
+    if torch.is_autocast_enabled(kind) and queries.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(kind)
         queries, keys = queries.to(dtype), keys.to(dtype)
         positives = None if positives is None else positives.to(dtype)
@@ -73,8 +72,7 @@ def info_nce(
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
     if kind == "cpu" and impl != "triton" and len(queries) * len(keys) <= FEW:
-        whole = (queries, keys, scale, positives, weights, offset)
-        return _without_autocast(kind, _composed, *whole) if autocast else _composed(*whole)
+        return _without_autocast(kind, _composed, queries, keys, scale, positives, weights, offset)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
