@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FRESH, Guards, guarded, runs_here, start_python
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from abd_core import losses
@@ -297,6 +298,27 @@ def test_under_autocast_products_are_of_its_dtype():
     rounded = [t.detach().bfloat16().requires_grad_() for t in tensors[:2]] + tensors[2:]
     assert_close(cast, with_gradients(called("torch", settings), rounded), 1e-2)
     assert torch.equal(cast[0], called("torch", settings)(*rounded)) and cast[1].dtype == torch.float32
+
+
+def test_what_is_compiled_under_autocast_is_what_is_called_under_it(impl: str):
+    tensors, settings = draw("clip", torch.float32)
+    loss = called(impl, settings)
+    with torch.autocast(DEVICE, half_of(impl)):
+        plain = with_gradients(loss, tensors)
+        compiled = with_gradients(torch.compile(loss, fullgraph=True), tensors)
+    assert_close(compiled, plain, 1e-2)
+    assert compiled[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, FakeTensorMode])
+def test_a_call_that_keeps_no_tensors_leaves_later_ones_their_gradients(mode: Callable):
+    tensors, settings = draw("clip", torch.float32)
+    expected = with_gradients(called("torch", settings), tensors)
+    infonce._count.cache_clear()
+    with mode():
+        called("torch", settings)(*(torch.empty(t.shape, device=DEVICE) for t in tensors))
+    found = with_gradients(called("torch", settings), tensors)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_the_module_is_called_like_open_clip_s():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import FRESH, Guards, guarded, runs_here, start_python
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from abd_core.kernels import perturb as perturb_module
 from abd_core.kernels.perturb import add, blend, paste, perturb, warp
@@ -326,6 +329,14 @@ def test_numbers_that_are_kept_from_inference_are_good_for_gradients(impl: str):
     after = perturb(images, **settings, impl=impl)
     after.sum().backward()
     assert torch.equal(before, after) and settings["patterns"].grad.abs().sum() > 0
+
+
+def test_numbers_of_a_call_without_values_are_not_kept():
+    settings = {"keep": FRESH / 2**30, "gain": 0.4}  # that no other test has kept
+    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):
+        perturb(torch.zeros(2, 3, 8, 8), torch.zeros(1, 3, 8, 8), **settings, impl="torch")
+    out = perturb(torch.zeros(2, 3, 8, 8), torch.ones(1, 3, 8, 8), **settings, impl="torch")
+    assert torch.equal(out, torch.full_like(out, 0.4))
 
 
 def test_an_empty_batch_stays_empty_and_gives_no_gradient(impl: str):

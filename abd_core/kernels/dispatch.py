@@ -29,6 +29,11 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
 
 
+def may_keep(like: torch.Tensor) -> bool:
+    """Whether what is made for a tensor like this one may be kept for later calls: not while a call is traced."""
+    return type(like) is torch.Tensor and not torch.compiler.is_compiling()
+
+
 def launching(device: torch.device) -> AbstractContextManager:
     """Inside, the device is the current one: Triton launches there, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

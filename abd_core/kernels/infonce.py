@@ -7,13 +7,14 @@ matrix of a megabyte, on a CPU, is made whole: there that is faster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import functools
+from collections.abc import Iterator
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 
-from abd_core.kernels.dispatch import choose, launching, tf32
+from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,10 +60,12 @@ def info_nce(
     """
     _check(queries, keys, scale, weights, positives, offset)
     kind = "cpu" if queries.is_cpu else queries.device.type  # a device's type takes its time, beside a small batch
-    if torch.is_autocast_enabled(kind) and queries.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(kind)
+    if torch.is_autocast_enabled(kind):
+        dtype = queries.dtype if queries.dtype == torch.float64 else torch.get_autocast_dtype(kind)
         queries, keys = queries.to(dtype), keys.to(dtype)
         positives = None if positives is None else positives.to(dtype)
+        with torch.autocast(kind, enabled=False):  # it would reach into what follows
+            return info_nce(queries, keys, scale, weights=weights, positives=positives, offset=offset, impl=impl)
     choose(impl, queries)  # refuses what there is not
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
@@ -72,7 +75,7 @@ def info_nce(
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
     if kind == "cpu" and impl != "triton" and len(queries) * len(keys) <= FEW:
-        return _without_autocast(kind, _composed, queries, keys, scale, positives, weights, offset)
+        return _composed(queries, keys, scale, positives, weights, offset)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
@@ -147,16 +150,11 @@ def _run(
     else:
         forward = _forward
     given = (queries, keys, scale, positives, (row_weight, column_weight), offset, grads)
-    with launching(queries.device):
-        return _without_autocast(queries.device.type, forward, *given)
-
-
-def _without_autocast(kind: str, make: Callable[..., Any], *given: Any) -> Any:
-    """What `make` returns; autocast would reach into it."""
-    if not torch.is_autocast_enabled(kind):
-        return make(*given)
-    with torch.autocast(kind, enabled=False):
-        return make(*given)
+    kind = queries.device.type
+    # Compiled, autocast may be on here; to turn it off takes its time.
+    plain = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    with launching(queries.device), plain:
+        return forward(*given)
 
 
 _op = torch.library.custom_op("abd_core::info_nce", _run, mutates_args=())
@@ -228,11 +226,19 @@ def _composed(
     logits = torch.mm(scale * q, k.t())
     if positives is not None:
         logits = logits.diagonal_scatter(scale * (q * positives.to(scale.dtype)).sum(1), offset)
-    own = torch.arange(offset, offset + q.shape[0], device=q.device)
+    start, stop = offset, offset + q.shape[0]
+    own = _count(start, stop) if q.is_cpu and may_keep(logits) else torch.arange(start, stop, device=q.device)
     row_weight, column_weight = weights
     loss = F.cross_entropy(logits, own) if row_weight else logits.new_zeros(())
     loss = loss if row_weight in (0, 1) else row_weight * loss
     return loss + column_weight * F.cross_entropy(logits.T, own) if column_weight else loss
+
+
+@functools.lru_cache
+def _count(start: int, stop: int) -> torch.Tensor:
+    """`torch.arange` on the CPU, kept: to make it anew takes some 5 % of a small batch's loss with its gradients."""
+    with torch.inference_mode(False):  # it may be kept for a backward pass later on
+        return torch.arange(start, stop, device="cpu")
 
 
 def _forward(

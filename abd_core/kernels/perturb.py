@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from abd_core.kernels.dispatch import choose, launching, sent
+from abd_core.kernels.dispatch import choose, launching, may_keep, sent
 
 Normalisation = tuple[Sequence[float], Sequence[float]]  # mean and standard deviation a channel
 
@@ -73,8 +73,8 @@ def perturb(
         if least[0] < -1 or most[0] >= count:
             raise ValueError(f"perturb: choices from -1 to {count - 1} expected")
     work = torch.float64 if images.dtype == torch.float64 else torch.float32
-    places = _table(where, batch, "a place", torch.int64, images.device)
-    weights = _table((keep, gain), count, "a weight", work, images.device)
+    places = _table(where, batch, "a place", torch.int64, images)
+    weights = _table((keep, gain), count, "a weight", work, images)
     mean, std = ([*map(float, values)] for values in normalise or ((), ()))
     patterns = sent(patterns, images.device).to(work)
     chosen = "torch" if impl == "auto" and channels != 3 else choose(impl, images)
@@ -92,14 +92,15 @@ def _bounds(value: torch.Tensor | int) -> tuple[int, int]:
 
 
 def _table(
-    values: tuple[torch.Tensor | float, ...], count: int, what: str, dtype: torch.dtype, device: torch.device
+    values: tuple[torch.Tensor | float, ...], count: int, what: str, dtype: torch.dtype, like: torch.Tensor
 ) -> torch.Tensor:
-    """A row of each value, or of the one for all, on the device: (values, count)."""
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not any(isinstance(value, torch.Tensor) for value in values):
+    """A row of each value, or of the one for all, on the device of `like`: (values, count)."""
+    device = like.device
+    if may_keep(like) and not any(isinstance(value, torch.Tensor) for value in values):
         return _kept(values, count, dtype, device)
     # Pinned, as `sent` has it: the CPU goes on while it is read.
-    table = torch.empty(len(values), count, dtype=dtype, pin_memory=device.type == "cuda" and not compiling)
+    pinned = device.type == "cuda" and not torch.compiler.is_compiling()
+    table = torch.empty(len(values), count, dtype=dtype, pin_memory=pinned)
     for row, value in zip(table, values, strict=True):
         if not isinstance(value, torch.Tensor):
             row.fill_(value)
