@@ -58,7 +58,7 @@ def info_nce(
     Raises:
         ValueError: shapes, dtypes, devices, weights or `impl` do not fit.
     """
-    _check(queries, keys, scale, weights, positives, offset)
+    batch, count = _check(queries, keys, scale, weights, positives, offset)
     kind = "cpu" if queries.is_cpu else queries.device.type  # a device's type takes its time, beside a small batch
     if torch.is_autocast_enabled(kind):
         dtype = queries.dtype if queries.dtype == torch.float64 else torch.get_autocast_dtype(kind)
@@ -74,7 +74,7 @@ def info_nce(
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    if kind == "cpu" and impl != "triton" and len(queries) * len(keys) <= FEW:
+    if kind == "cpu" and impl != "triton" and batch * count <= FEW:
         return _composed(queries, keys, scale, positives, weights, offset)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
@@ -91,10 +91,14 @@ def _check(
     weights: tuple[float, float],
     positives: torch.Tensor | None,
     offset: int,
-) -> None:
-    """Raise ValueError for what does not fit. Each look at a tensor takes its time, beside a small batch."""
+) -> tuple[int, int]:
+    """How many queries and keys there are. Each look at a tensor takes its time, beside a small batch.
+
+    Raises:
+        ValueError: something does not fit.
+    """
     shape, of_keys, dtype, device = queries.shape, keys.shape, queries.dtype, queries.device
-    if len(shape) != 2 or len(of_keys) != 2 or shape[1] != of_keys[1] or not queries.numel():
+    if len(shape) != 2 or len(of_keys) != 2 or shape[1] != of_keys[1] or 0 in shape:
         raise ValueError(f"info_nce: queries (B, D) and keys (N, D) expected, not {tuple(shape)} and {tuple(of_keys)}")
     if dtype not in DTYPES:
         raise ValueError(f"info_nce: features of float16, bfloat16, float32 or float64 expected, not {dtype}")
@@ -115,6 +119,7 @@ def _check(
         raise ValueError(f"info_nce: both directions need as many keys as queries, not {count} and {batch}")
     if isinstance(scale, torch.Tensor) and scale.numel() != 1:
         raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
+    return batch, count
 
 
 def library_is_faster(dtype: torch.dtype, logits: int) -> bool:
