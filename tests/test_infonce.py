@@ -41,7 +41,8 @@ IMPLEMENTATIONS = ["torch", "one chunk", "chunks", "triton", "parts"]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations, each at one go and in pieces; "torch" is the whole matrix, where it is small."""
-    monkeypatch.setattr(infonce, "CHUNK_BYTES", 16 * 1024 if request.param == "chunks" else 1 << 30)
+    for limit in ("CHUNK_BYTES", "CACHED_BYTES"):
+        monkeypatch.setattr(infonce, limit, 16 * 1024 if request.param == "chunks" else 1 << 30)
     if "chunk" in request.param:
         monkeypatch.setattr(infonce, "FEW", 0)
     if request.param == "parts":
@@ -256,6 +257,22 @@ def test_the_matrix_is_neither_made_nor_kept(impl: str, monkeypatch: pytest.Monk
     with Largest() as made:
         forward(q, k, scale, None, (0.5, 0.5), 0, True)
     assert 4 * 400 * 8 <= made.size <= 4 * 400 * 64
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_gradients_the_loss_is_the_same(case: str, impl: str):
+    tensors, settings = draw(case, torch.float32)
+    with torch.no_grad():
+        alone = called(impl, settings)(*tensors)
+    assert_close([alone], [reference(*tensors, **settings)], TOLERANCE[torch.float32])
+
+
+def test_on_a_cpu_the_loss_alone_takes_no_more_than_its_cache(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce, "CACHED_BYTES", 4 * 400 * 16)
+    q, k, scale = features(400, 8, 0).cpu(), features(400, 8, 1).cpu(), torch.tensor(5.0)
+    with Largest() as made:
+        infonce._forward(q, k, scale, None, (0.5, 0.5), 0, False)
+    assert made.size == 4 * 400 * 16
 
 
 def test_only_what_needs_a_gradient_costs_one():

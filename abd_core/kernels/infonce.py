@@ -2,7 +2,7 @@
 
 Gradients are computed together with the loss, from tiles or chunks of logits that are thrown away, so that what is kept
 until the backward pass is of the size of the features. `impl="torch"` runs anywhere; `"triton"` needs a CUDA device. A
-matrix of a megabyte, on a CPU, is made whole: there that is faster.
+matrix of a few megabytes, on a CPU, is made whole: there that is faster.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
+CACHED_BYTES = 1 << 22  # of them on a CPU where no gradient is wanted: each is looked at a few times and forgotten
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
-FEW = 1 << 18  # logits up to which torch's own operations and autograd are faster on a CPU than what avoids them
+FEW = 1 << 20  # logits up to which, on a CPU, torch's own operations are faster; half as many in both directions
 
 
 def info_nce(
@@ -74,7 +75,7 @@ def info_nce(
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    if kind == "cpu" and impl != "triton" and batch * count <= FEW:
+    if kind == "cpu" and impl != "triton" and batch * count * (1 + all(weights)) <= FEW:
         return _composed(queries, keys, scale, positives, weights, offset)
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
@@ -255,32 +256,26 @@ def _forward(
     offset: int,
     grads: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Chunks of rows: a pass for the columns' sums where there is more than one chunk, and a pass for all the rest."""
+    """Chunks of rows: a pass for the columns' sums where there is more than one chunk, and a pass for all the rest.
+
+    Without `grads` there is one pass.
+    """
     batch, (row_weight, column_weight) = len(queries), weights
-    rows = max(1, min(batch, CHUNK_BYTES // (len(keys) * scale.element_size())))
-    if not grads and rows == batch:
-        value = _composed(queries, keys, scale, positives, weights, offset)
-        return value, scale.new_empty(0), scale.new_empty(0), scale.new_empty(0), scale.new_empty(0)
     q, k = queries.to(scale.dtype), keys.to(scale.dtype)
     p = None if positives is None else positives.to(scale.dtype)
-
-    def chunks() -> Iterator[tuple[slice, int, torch.Tensor]]:
-        """Rows, the diagonal on which their positives lie, logits."""
-        for start in range(0, batch, rows):
-            part = slice(start, start + rows)
-            logits = scale * q[part] @ k.T
-            if p is not None:
-                logits.diagonal(start + offset).copy_(scale * (q[part] * p[part]).sum(1))
-            yield part, start + offset, logits
-
+    limit = CHUNK_BYTES if grads or not q.is_cpu else CACHED_BYTES
+    rows = max(1, min(batch, limit // (len(k) * k.element_size())))
+    if not grads:
+        value = _value(q, k, scale, p, weights, offset, rows)
+        return value, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
     columns = q.new_full((len(k),), -torch.inf)
     if column_weight and rows < batch:
-        for _, _, logits in chunks():
+        for _, _, logits in _chunks(q, k, scale, p, offset, rows):
             columns = torch.logaddexp(columns, logits.logsumexp(0))
     total = q.new_zeros(())
-    dq, dk = (q.new_empty(q.shape), k.new_zeros(k.shape)) if grads else (q.new_empty(0), q.new_empty(0))
-    dp = q.new_empty(q.shape if grads and p is not None else (0,))
-    for part, diagonal, logits in chunks():
+    dq, dk = q.new_empty(q.shape), k.new_zeros(k.shape)
+    dp = q.new_empty((0,) if p is None else q.shape)
+    for part, diagonal, logits in _chunks(q, k, scale, p, offset, rows):
         own = logits.diagonal(diagonal).clone()
         # The probabilities, weighted. The last direction's overwrite the logits.
         share: torch.Tensor | None = None
@@ -296,17 +291,53 @@ def _forward(
             total += column_weight * (columns[diagonal : diagonal + len(own)] - own).sum()
             odds = logits.sub_(columns).exp_().mul_(column_weight)
             share = odds if share is None else share.add_(odds)
-        if grads:
-            assert share is not None  # a weight is not 0
-            pull = share.diagonal(diagonal)
-            pull -= row_weight + column_weight
-            if p is not None:
-                dp[part] = pull[:, None] * q[part]
-                alone = pull[:, None] * p[part]
-                pull.zero_()
-            torch.mm(share, k, out=dq[part])
-            if p is not None:
-                dq[part] += alone
-            dk.addmm_(share.T, q[part])
+        assert share is not None  # a weight is not 0
+        pull = share.diagonal(diagonal)
+        pull -= row_weight + column_weight
+        if p is not None:
+            dp[part] = pull[:, None] * q[part]
+            alone = pull[:, None] * p[part]
+            pull.zero_()
+        torch.mm(share, k, out=dq[part])
+        if p is not None:
+            dq[part] += alone
+        dk.addmm_(share.T, q[part])
     # d loss / d scale = sum of the logits' gradients x cosines, and the inner sum over keys is in dq already.
-    return total / batch, dq, dk, (q * dq).sum() if grads else q.new_empty(0), dp
+    return total / batch, dq, dk, (q * dq).sum(), dp
+
+
+def _chunks(
+    q: torch.Tensor, k: torch.Tensor, scale: torch.Tensor, p: torch.Tensor | None, offset: int, rows: int
+) -> Iterator[tuple[slice, int, torch.Tensor]]:
+    """Rows, the diagonal on which their positives lie, logits."""
+    for start in range(0, len(q), rows):
+        part = slice(start, start + rows)
+        logits = torch.mm(scale * q[part], k.t())
+        if p is not None:
+            logits.diagonal(start + offset).copy_(scale * (q[part] * p[part]).sum(1))
+        yield part, start + offset, logits
+
+
+def _value(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: torch.Tensor,
+    p: torch.Tensor | None,
+    weights: tuple[float, float],
+    offset: int,
+    rows: int,
+) -> torch.Tensor:
+    """The loss alone, from one pass over chunks of rows."""
+    row_weight, column_weight = weights
+    total, owns = q.new_zeros(()), q.new_empty(len(q))
+    columns = q.new_full((len(k),), -torch.inf)
+    for part, diagonal, logits in _chunks(q, k, scale, p, offset, rows):
+        if row_weight:
+            own = torch.arange(diagonal, diagonal + len(logits), device=q.device)
+            total += row_weight * F.cross_entropy(logits, own, reduction="sum")
+        if column_weight:
+            owns[part] = logits.diagonal(diagonal)
+            columns = torch.logaddexp(columns, logits.logsumexp(0))
+    if column_weight:
+        total += column_weight * (columns - owns).sum()
+    return total / len(q)
