@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
-CACHED_BYTES = 1 << 22  # of them on a CPU where no gradient is wanted: each is looked at a few times and forgotten
+CACHED_BYTES = 1 << 23  # of them on a CPU where no gradient is wanted: each is looked at a few times and forgotten
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 FEW = 1 << 20  # logits up to which, on a CPU, torch's own operations are faster; half as many in both directions
