@@ -41,7 +41,7 @@ IMPLEMENTATIONS = ["torch", "one chunk", "chunks", "triton", "parts"]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations, each at one go and in pieces; "torch" is the whole matrix, where it is small."""
-    for limit in ("CHUNK_BYTES", "CACHED_BYTES"):
+    for limit in ("CHUNK_BYTES", "ALONE_BYTES"):
         monkeypatch.setattr(infonce, limit, 16 * 1024 if request.param == "chunks" else 1 << 30)
     if "chunk" in request.param:
         monkeypatch.setattr(infonce, "FEW", 0)
@@ -267,8 +267,8 @@ def test_without_gradients_the_loss_is_the_same(case: str, impl: str):
     assert_close([alone], [reference(*tensors, **settings)], TOLERANCE[torch.float32])
 
 
-def test_on_a_cpu_the_loss_alone_takes_no_more_than_its_cache(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infonce, "CACHED_BYTES", 4 * 400 * 16)
+def test_on_a_cpu_the_loss_alone_takes_smaller_chunks(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(infonce, "ALONE_BYTES", 4 * 400 * 16)
     q, k, scale = features(400, 8, 0).cpu(), features(400, 8, 1).cpu(), torch.tensor(5.0)
     with Largest() as made:
         infonce._forward(q, k, scale, None, (0.5, 0.5), 0, False)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
-CACHED_BYTES = 1 << 23  # of them on a CPU where no gradient is wanted: each is looked at a few times and forgotten
+ALONE_BYTES = 1 << 24  # of them on a CPU for a loss without gradients: more is memory that the system clears each time
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 FEW = 1 << 20  # logits up to which, on a CPU, torch's own operations are faster; half as many in both directions
@@ -263,7 +263,7 @@ def _forward(
     batch, (row_weight, column_weight) = len(queries), weights
     q, k = queries.to(scale.dtype), keys.to(scale.dtype)
     p = None if positives is None else positives.to(scale.dtype)
-    limit = CHUNK_BYTES if grads or not q.is_cpu else CACHED_BYTES
+    limit = CHUNK_BYTES if grads or not q.is_cpu else ALONE_BYTES
     rows = max(1, min(batch, limit // (len(k) * k.element_size())))
     if not grads:
         value = _value(q, k, scale, p, weights, offset, rows)
