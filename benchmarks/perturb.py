@@ -20,7 +20,7 @@ from abd_core.models import NORMALISATION
 
 BATCH, SIDE, PATCH = (128, 64, 11) if ON.type == "cpu" else (256, 224, 38)
 DTYPE = torch.float32 if ON.type == "cpu" else torch.bfloat16
-REPEATS, IN_A_ROW = 15, 20
+REPEATS, IN_A_ROW = 51 if ON.type == "cpu" else 15, 20
 
 
 def painted(images: torch.Tensor, patch: torch.Tensor, top: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
