@@ -29,6 +29,11 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision not in ("ieee", "none")
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks a size takes; `triton.cdiv` takes some microseconds."""
+    return -(-size // block)
+
+
 def may_keep(like: torch.Tensor) -> bool:
     """Whether what is made for a tensor like this one may be kept for later calls: not while a call is traced."""
     return type(like) is torch.Tensor and not torch.compiler.is_compiling()

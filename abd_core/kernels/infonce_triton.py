@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from abd_core.kernels.dispatch import tf32
+from abd_core.kernels.dispatch import cdiv, tf32
 
 BUFFER_BYTES = 1 << 30  # of the logits' gradients at a time
 PARTIALS = 1 << 26  # how many of the columns' partial sums there may be at a time
@@ -288,23 +288,23 @@ def forward(
         "LOG2E": LOG2E,
         "num_stages": NUM_STAGES,
     }
-    across = triton.cdiv(count, block_k)
+    across = cdiv(count, block_k)
 
     def tiles(start: int, end: int) -> tuple[int]:
-        return (triton.cdiv(end - start, block_q) * across,)
+        return (cdiv(end - start, block_q) * across,)
 
     own = q.new_empty(batch, dtype=torch.float32)
     if positives is not None:
         torch.mul((q.float() * positives.float()).sum(1), scale * LOG2E, out=own)
     sums = own.new_empty(batch * (row_weight != 0) + count * (column_weight != 0))
     rows, columns = sums.split([batch * (row_weight != 0), count * (column_weight != 0)])
-    blocks = [triton.cdiv(len(side), COMBINED) for side in (rows, columns)]
+    blocks = [cdiv(len(side), COMBINED) for side in (rows, columns)]
     terms = own.new_empty(sum(blocks))
     of_rows, of_columns = row_weight / batch / LOG2E, column_weight / batch / LOG2E
     step = max(1, PARTIALS * block_q // count // COMBINED) * COMBINED
     for start in range(0, batch, step):
         end = min(start + step, batch)
-        down = triton.cdiv(end - start, block_q)
+        down = cdiv(end - start, block_q)
         sizes = [across * (end - start) * (row_weight != 0), down * count * (column_weight != 0)]
         parts = own.new_empty(sum(sizes))
         row_parts, column_parts = parts.split(sizes)
@@ -318,7 +318,7 @@ def forward(
             )
             continue
         if row_weight:
-            many, part = triton.cdiv(end - start, COMBINED), slice(start, end)
+            many, part = cdiv(end - start, COMBINED), slice(start, end)
             of_loss = terms[start // COMBINED :]
             given = (across, end - start, of_rows, 0.0, False, COMBINED, PARTS)
             _combine_kernel[(many, 1)](row_parts, own[part], rows[part], of_loss, *given)

@@ -56,7 +56,7 @@ def perturb(
     dtype = dtype or (torch.float32 if images.dtype == torch.uint8 else images.dtype)
     if normalise is not None and not len(normalise[0]) == len(normalise[1]) == channels:
         raise ValueError(f"perturb: mean and standard deviation of {channels} channels expected")
-    if patterns is None or not len(patterns):
+    if patterns is None or not patterns.shape[0]:
         patterns = images.new_empty((0, channels, 1, 1), dtype=torch.float32)
     count, _, h, w = patterns.shape
     if patterns.shape[1] != channels or h > height or w > width:

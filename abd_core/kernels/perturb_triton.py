@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from abd_core.kernels.dispatch import cdiv
 from abd_core.kernels.perturb import layout
 
 GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
@@ -379,23 +380,23 @@ def forward(
     """`perturb._op`. Raises ValueError for float64, and for tensors that are not on a CUDA device."""
     _check(images)
     source, last = _laid_out(images)
-    batch, _, height, width = images.shape
+    (batch, _, height, width), (count, _, h, w) = images.shape, patterns.shape
     shape = torch.channels_last if channels_last else torch.contiguous_format
     out = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=shape)
-    whole, paint = patterns.shape[2:] == images.shape[2:], len(patterns) > 0
-    _forward_kernel[(triton.cdiv(height * width, 8 * GROUPS) * batch,)](
+    _forward_kernel[(cdiv(height * width, 8 * GROUPS) * batch,)](
         source,
         patterns.contiguous(),
         places,
         weights,
         out,
         batch,
-        len(patterns),
-        *patterns.shape[2:],
+        count,
+        h,
+        w,
         AREA=height * width,
         WIDTH=width,
-        WHOLE=whole,
-        PAINT=paint,
+        WHOLE=(h, w) == (height, width),
+        PAINT=count > 0,
         MEAN=tuple(mean) or (0.0, 0.0, 0.0),
         FACTOR=_factors(std),
         IMAGES_LAST=last,
@@ -429,15 +430,16 @@ def backward(
     of_images, of_patterns = patterns.new_empty(0), patterns.new_empty(0)
     if needed[0]:
         of_images = torch.empty_like(source)
-        grid = (triton.cdiv(height * width, 8 * GROUPS) * batch,)
+        grid = (cdiv(height * width, 8 * GROUPS) * batch,)
         block = {"GROUPS": GROUPS, "num_warps": NUM_WARPS}
         _images_kernel[grid](*inputs, of_images, *sizes, PAINT=count > 0, **fixed, **block)
     if needed[1]:
         samples, groups = SUMMED
-        blocks = count * triton.cdiv(h * w, 8 * groups)
-        each = samples * max(1, triton.cdiv(batch, samples * triton.cdiv(PROGRAMS, blocks)))  # a batch may be empty
-        parts = patterns.new_empty((triton.cdiv(batch, each), *patterns.shape))
+        blocks = count * cdiv(h * w, 8 * groups)
+        each = samples * max(1, cdiv(batch, samples * cdiv(PROGRAMS, blocks)))  # a batch may be empty
+        shares = cdiv(batch, each)
+        parts = patterns.new_empty((shares, *patterns.shape))
         block = {"SAMPLES": samples, "GROUPS": groups}
-        _patterns_kernel[(blocks, len(parts))](*inputs, parts, *sizes, each, UNIT=_unit(images), **fixed, **block)
-        of_patterns = parts[0] if len(parts) == 1 else parts.sum(0)
+        _patterns_kernel[(blocks, shares)](*inputs, parts, *sizes, each, UNIT=_unit(images), **fixed, **block)
+        of_patterns = parts[0] if shares == 1 else parts.sum(0)
     return of_images, of_patterns
