@@ -44,7 +44,7 @@ from abd_core.text import synonyms, tokenize
 from abd_core.train import Step, parameter_groups
 
 LARGE = ON.type == "cuda"
-NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 24, 4, 3)
+NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 24, 4, 5)
 WIDTH = 1024 if LARGE else 128  # of the adversary's generator and discriminator: AdvCLIP's, and the profile's
 PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
 # Part of a step -> what the names of its operations, or of the ranges that they run in, begin with.
