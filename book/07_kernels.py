@@ -87,7 +87,8 @@ print("largest error of a column:", (columns - logits.logsumexp(0)).abs().max().
 # and $P^\top q$. The positives' $p - 1$ has no part in that: it would be rounded to the features' precision, and where a product adds up thousands of
 # small numbers in float32, one that is nearly 1 makes it round all that follow at its own size. A third kernel adds the positives' part afterwards, in
 # float32. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same, but for small
-# matrices on a CPU: a megabyte of logits is made whole and left to autograd, which takes fewer calls. In float32 there
+# matrices on a CPU: up to four megabytes of logits, two in both directions, are made whole and left to autograd, which takes fewer calls. For a loss
+# without gradients one pass over chunks is enough. In float32 there
 # are no tensor cores without TF32, and with gradients the matrix library alone is faster than the kernel: large batches go there unless the kernel
 # is asked for. A
 # backward pass all in one kernel, which would not write $p$ at all, has not been built and so not been compared.
@@ -108,7 +109,9 @@ for function in (info_nce, perturb):
 # `perturb` reads an image once, in bytes or floats, and writes it once, in the encoder's precision and memory layout:
 # $x' = (\mathrm{clamp}(a x + b \, \delta) - \mu) / \sigma$, where $(a, b)$ is $(0, 1)$ for a patch, $(1, 1)$ for an addition and
 # $(1 - \alpha, \alpha)$ for a blend, and the pattern $\delta$ and its place are each image's own. Backward, the gradient of a pattern
-# is a sum over the batch: each program takes some of the pattern's pixels and some of the batch, and the partial sums are added in their order.
+# is a sum over the batch: each program takes some of the pattern's pixels, and some images of the batch at a time, which it adds up in a fixed order.
+# A pattern of the images' size has enough blocks for all of a GPU, and is summed where it is returned; for a small one, several programs share the
+# batch, and their sums are added up in turn.
 # Forward, what counts is how results are written. A thread has eight pixels, which with channels last are three vectors of 16 bytes side by side, while
 # memory takes 32 bytes at a time: each vector on its own would be half of that, and the L2 cache puts the halves together. So two neighbours exchange a
 # vector, and each write fills what it touches.
@@ -214,7 +217,8 @@ for device, part in measured.groupby("device", sort=False):
 # %% [markdown]
 # The H200's rows of InfoNCE from 65,536 on are of a run of their own. All of them are from before the positives were left out of the products: a small
 # kernel and a sum now take the place of a product of the features' size and its sum. memeff's kernel does not fit this GPU in float32 at $D = 1024$, so it has no rows
-# of that.
+# of that. The H200's rows of `perturb` are from before a pattern's gradient was summed in its own memory: then programs of 512 pixels shared the
+# batch, each wrote its sum, 6 MiB in all for an addition, and a second launch added them up.
 #
 # ### By the clock
 
@@ -224,7 +228,8 @@ plots.speeds(contrast, "forward + backward", title="InfoNCE, loss and gradients:
 
 # %% [markdown]
 # *One way* is one direction alone, which Eq. (2) and the in-modal losses are. Up to $B = 512$ the CPU's rows of *abd_core torch* are the plain composition
-# too, in both directions from one product where open_clip makes two; what is left in one direction is the check of the arguments, some microseconds a call.
+# too, in both directions from one product where open_clip makes two. In one direction, what the check of the arguments takes is saved again by keeping
+# the numbers of the positives from call to call: both are some microseconds.
 
 # %% mystnb={"figure": {"caption": "Perturbing a batch, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each implementation of perturbing is than the first"}}
 painting = measured[measured["benchmark"] == "perturb"]
@@ -333,6 +338,9 @@ pd.DataFrame(reached).T
 # is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
 # kernels is most of its time.
+# On two cores, twice the speed of the plain loop is within what a machine's state decides. While these rows were measured, it multiplied matrices at half
+# the rate of the run before them (revision `c1f3da5` of the table, which had FT and ABD above two): others shared its memory, which both loops then wait
+# for. ABD has longer captions too, since EDA adds words to them; the plain loop's are left as they are.
 # At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
 # it takes longer. Per batch:
 
