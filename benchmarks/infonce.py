@@ -76,7 +76,7 @@ def main() -> None:
         report.note(name, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
         cases = [(size, "", losses) for size in sizes] + [(size, ", one way", one_way) for size in ONE_WAY[dtype]]
         for size, ways, kinds in cases:
-            repeats = 5 if size > 32768 else max(9, min(501, 2 * 10**8 // size**2))  # medians to one per cent or so
+            repeats = 5 if size > 32768 else max(9, min(501, 2 * 10**8 // size**2))  # many of what is short
             case = f"B={size}, D={DIM}, {name}{ways}"
             image, text = (F.normalize(torch.randn(size, DIM, device=ON), dim=1).to(dtype) for _ in range(2))
             leaves = (image.requires_grad_(), text.requires_grad_(), torch.tensor(SCALE, device=ON, requires_grad=True))

@@ -284,7 +284,7 @@ plots.roofline(own_time, measures, title="Achieved, and each benchmark's ceiling
 # ### What was asked, and what was reached
 #
 # The bars that were set before there was a kernel, against the figures on an H200 and on two cores. Rows are of several revisions (`git_sha` in the
-# table): those of training steps, of reading tars and of the adversary are of earlier kernels than those of the kernels themselves.
+# table): the H200's of training steps, of reading tars and of the adversary are of earlier kernels than those of the kernels themselves.
 
 # %%
 import itertools

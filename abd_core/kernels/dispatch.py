@@ -1,4 +1,4 @@
-"""Which implementation of a kernel runs, and how its inputs come to its device."""
+"""What the kernels share: which implementation runs, how its inputs come to its device, and what may be kept."""
 
 from __future__ import annotations
 
