@@ -102,12 +102,10 @@ def main() -> None:
                     print(f"{case}: {other} fails and is left out: {reason}", flush=True)
                     del tried[other]
             made = {n: lambda loss=loss, leaves=leaves: loss(*leaves) for n, loss in tried.items()}
-            taken = seconds(dict.fromkeys(tried, backward), repeats=repeats, given=made)
-            report.add(case, "backward", "ms", {n: 1e3 * s for n, s in taken.items()}, n=repeats)
+            report.times(case, "backward", seconds(dict.fromkeys(tried, backward), repeats=repeats, given=made))
             for what, run in {"forward": forward, "forward + backward": both}.items():
                 calls = {n: lambda loss=loss, run=run: run(loss) for n, loss in tried.items()}
-                taken = seconds(calls, repeats=repeats)
-                report.add(case, what, "ms", {n: 1e3 * s for n, s in taken.items()}, n=repeats)
+                taken = report.times(case, what, seconds(calls, repeats=repeats))
             if kinds is losses:
                 # Four products of 2 B B D operations each; features read and gradients written once.
                 report.note(case, "any", "operations", "GFLOP", 8 * size**2 * DIM / 1e9)

@@ -2,6 +2,7 @@
 
 A row is one figure of one variant in one case. `ratio` compares it with the case's first variant *in the same run*: for
 times and memory, the first one's value divided by this one's. Compare ratios, not times of two runs or two machines.
+Where the variants took turns, `ratio_low` and `ratio_high` are the ends of the ratio's 95 % interval.
 """
 
 from __future__ import annotations
@@ -9,19 +10,25 @@ from __future__ import annotations
 import csv
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy import stats
 from torch.profiler import ProfilerActivity, profile
 
 from abd_core.models import device
 from abd_core.paths import atomic, environment, versions
 
 TABLE = Path(__file__).parent / "results.csv"
-COLUMNS = ("benchmark", "device", "case", "variant", "metric", "value", "unit", "ratio", "n", "versions", "git_sha")
+COLUMNS = (
+    *("benchmark", "device", "case", "variant", "metric", "value", "unit"),
+    *("ratio", "ratio_low", "ratio_high", "n", "versions", "git_sha"),
+)
+FEWEST = 5  # turns that an interval is given of
 ON = device()
 
 
@@ -31,8 +38,8 @@ def seconds(
     repeats: int,
     given: Mapping[str, Callable[[], Any]] | None = None,
     in_a_row: int = 1,
-) -> dict[str, float]:
-    """Median seconds a call of each variant; all take turns, so that a slow moment of the machine meets all alike.
+) -> dict[str, list[float]]:
+    """Seconds a call of each variant, turn by turn; all take turns, so that a slow moment of the machine meets all.
 
     Args:
         given: what makes the argument of a variant's calls, anew for each turn and outside of its time.
@@ -47,7 +54,25 @@ def seconds(
                 call(*arguments)
             if turn:  # the first call compiles and fills caches
                 taken[name].append((_now() - start) / in_a_row)
-    return {name: statistics.median(times) for name, times in taken.items()}
+    return taken
+
+
+def interval(first: Sequence[float], own: Sequence[float]) -> tuple[float, float] | None:
+    """95 % interval of the ratio of two variants' medians, by bootstrap over the turns that both took; None of too few.
+
+    A turn is drawn with both of its figures, since what slows the machine meets both.
+    """
+    turns = min(len(first), len(own))
+    if turns < FEWEST:
+        return None
+
+    def ratio(first: np.ndarray, own: np.ndarray, axis: int) -> np.ndarray:
+        return np.median(first, axis) / np.median(own, axis)
+
+    found = stats.bootstrap(
+        (first[:turns], own[:turns]), ratio, paired=True, n_resamples=2000, method="percentile", rng=0
+    ).confidence_interval
+    return found.low, found.high
 
 
 def _now() -> float:
@@ -84,7 +109,9 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 def own_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
     """Seconds that the device itself works at a call: what a share of its ceilings is counted in."""
-    return (device_seconds if ON.type == "cuda" else seconds)(calls, repeats=repeats)
+    if ON.type == "cuda":
+        return device_seconds(calls, repeats=repeats)
+    return {name: statistics.median(turns) for name, turns in seconds(calls, repeats=repeats).items()}
 
 
 def product_rate(dtype: torch.dtype) -> float:
@@ -137,14 +164,42 @@ class Report:
         for variant, value in values.items():
             self.note(case, variant, metric, unit, value, ratio=first / value if value else None, n=n)
 
+    def times(
+        self, case: str, metric: str, taken: Mapping[str, Sequence[float]], *, calls: int = 1
+    ) -> dict[str, float]:
+        """Each variant's median turn, noted in ms and returned in seconds, of its seconds turn by turn.
+
+        `calls`: those in a turn.
+        """
+        first = next(iter(taken.values()), ())
+        found = {variant: statistics.median(turns) for variant, turns in taken.items()}
+        for variant, turns in taken.items():
+            ratio = statistics.median(first) / found[variant]
+            within = None if turns is first else interval(first, turns)
+            count = calls * len(turns)
+            self.note(case, variant, metric, "ms", 1e3 * found[variant], ratio=ratio, within=within, n=count)
+        return found
+
     def note(
-        self, case: str, variant: str, metric: str, unit: str, value: float, *, ratio: float | None = None, n: int = 1
+        self,
+        case: str,
+        variant: str,
+        metric: str,
+        unit: str,
+        value: float,
+        *,
+        ratio: float | None = None,
+        within: tuple[float, float] | None = None,
+        n: int = 1,
     ) -> None:
-        """One figure that is not compared, in the place of an earlier one."""
-        figures = {"value": f"{value:.4g}", "ratio": "" if ratio is None else f"{ratio:.3g}", "n": n}
-        row = {**self.origin, "case": case, "variant": variant, "metric": metric, "unit": unit, **figures}
-        self.rows[_named(row)] = row
-        print(f"{case:34} {variant:28} {metric:22} {value:10.4g} {unit:9} {figures['ratio']:>6}", flush=True)
+        """One figure, in the place of an earlier one; its ratio where it is compared, and the ratio's interval."""
+        low, high = within or (None, None)
+        ratios = {"ratio": ratio, "ratio_low": low, "ratio_high": high}
+        figures = {name: "" if r is None else f"{r:.3g}" for name, r in ratios.items()}
+        row = {**self.origin, "case": case, "variant": variant, "metric": metric, "value": f"{value:.4g}", "unit": unit}
+        self.rows[_named(row)] = {**row, **figures, "n": n}
+        said = figures["ratio"] + (f" ({figures['ratio_low']} to {figures['ratio_high']})" if within else "")
+        print(f"{case:34} {variant:28} {metric:22} {value:10.4g} {unit:9} {said:>6}", flush=True)
 
     def write(self) -> None:
         kept = []

@@ -93,15 +93,12 @@ def main() -> None:
         def timed(what: str, calls: dict[str, Callable[[], object]], case=f"{kind}, {shape}") -> dict[str, float]:
             """Seconds a call; on a GPU those of the device, in which a share of the bandwidth is to be counted."""
 
-            def noted(metric: str, taken: dict[str, float], count: int = REPEATS) -> dict[str, float]:
-                report.add(case, metric, "ms", {name: 1e3 * spent for name, spent in taken.items()}, n=count)
-                return taken
-
-            taken = noted(what, seconds(calls, repeats=REPEATS))
+            taken = report.times(case, what, seconds(calls, repeats=REPEATS))
             if ON.type == "cuda":
                 row = seconds(calls, repeats=REPEATS, in_a_row=IN_A_ROW)
-                noted(f"{what}, in a row", row, REPEATS * IN_A_ROW)
-                taken = noted(f"{what}, device", device_seconds(calls, repeats=REPEATS))
+                report.times(case, f"{what}, in a row", row, calls=IN_A_ROW)
+                taken = device_seconds(calls, repeats=REPEATS)
+                report.add(case, f"{what}, device", "ms", {n: 1e3 * s for n, s in taken.items()}, n=REPEATS)
             return taken
 
         case = f"{kind}, {shape}"

@@ -19,7 +19,7 @@ import string
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,11 +40,12 @@ from abd_core.data import Pairs, TrainingPairs, load_pairs
 from abd_core.defences import DEFENCES, DefendConfig, FineTuningDefence
 from abd_core.formats import load_image_pairs
 from abd_core.generator import Perturbation, patch_side
-from abd_core.text import synonyms, tokenize
+from abd_core.text import augment, synonyms, tokenize
 from abd_core.train import Step, parameter_groups
 
 LARGE = ON.type == "cuda"
-NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 24, 4, 5)
+# On a CPU, which others may use too, many short turns: all variants meet its slow moments.
+NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 12, 4, 15)
 WIDTH = 1024 if LARGE else 128  # of the adversary's generator and discriminator: AdvCLIP's, and the profile's
 PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
 # Part of a step -> what the names of its operations, or of the ranges that they run in, begin with.
@@ -75,7 +76,7 @@ class DrawnPairs(Pairs):
 
 
 def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None]:
-    """open_clip's model and loss as they are, in float32; AdamW parameter by parameter."""
+    """open_clip's model and loss as they are, in float32; AdamW parameter by parameter; with a patch, ABD's step."""
     model = open_clip.create_model(NAME, load_weights=False).to(ON).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=1e-5, foreach=False, fused=False)
     mean, std = (torch.tensor(values, device=ON).view(3, 1, 1) for values in models.NORMALISATION)
@@ -87,7 +88,10 @@ def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None
         if patch is not None:
             for image, (top, left) in zip(images, torch.randint(9, (BATCH, 2)).tolist(), strict=True):
                 image[:, top : top + patch.shape[1], left : left + patch.shape[2]] = patch
-        tokens = tokenize(pairs.captions(indices, seed=0, epoch=0), context_length=model.context_length).to(ON)
+        captions = pairs.captions(indices, seed=0, epoch=0)
+        if patch is not None:
+            captions = augment(captions, seed=0, epoch=0, ids=[pairs.ids[i] for i in indices.tolist()])
+        tokens = tokenize(captions, context_length=model.context_length).to(ON)
         image_features = model.encode_image((images - mean) / std, normalize=True)
         text_features = model.encode_text(tokens, normalize=True)
         loss = criterion(image_features, text_features, model.logit_scale.exp())
@@ -309,40 +313,42 @@ def tars(folder: Path, captions: Sequence[str]) -> str:
 def measured(
     report: Report,
     case: str,
-    runs: Mapping[str, Callable[[], tuple[float, float]]],
+    runs: dict[str, Callable[[], tuple[float, float]]],
     *,
     until: float,
     turns: int = TURNS,
 ) -> dict[str, float]:
-    """Median seconds a step of each run, which take turns; the table is written after each run.
+    """Median seconds a step of each run; they take turns, there and back, and the table is written after each turn.
 
     "first run" are the seconds of all of a run's steps and of what comes before them, such as compiling; "later run"
     are those where something may have been kept.
     """
     taken: dict[str, list[float]] = {}
     whole: dict[str, list[float]] = {}
+    peaks: dict[str, float] = {}
     median: dict[str, float] = {}
-    for _ in range(turns):
-        for name, run in runs.items():
+    for turn in range(turns):
+        if time.monotonic() > until:
+            break
+        for name in runs if turn % 2 == 0 else reversed(runs):
             if time.monotonic() > until:
-                continue
+                break
             began = time.perf_counter()
-            spent, peak = run()
+            spent, peaks[name] = runs[name]()
             whole.setdefault(name, []).append(time.perf_counter() - began)
             taken.setdefault(name, []).append(spent)
             gc.collect()
             if LARGE:
                 torch.cuda.empty_cache()
-            median[name] = spent = statistics.median(taken[name])
-            ratio, n = next(iter(median.values())) / spent, STEPS * len(taken[name])
-            report.note(case, name, "step", "ms", 1e3 * spent, ratio=ratio, n=n)
-            report.note(case, name, "speed", "images/s", BATCH / spent, n=n)
+        median = report.times(case, "step", taken, calls=STEPS)
+        for name, spent in median.items():
+            report.note(case, name, "speed", "images/s", BATCH / spent, n=STEPS * len(taken[name]))
             report.note(case, name, "first run", "s", whole[name][0])
             if later := whole[name][1:]:
                 report.note(case, name, "later run", "s", statistics.median(later), n=len(later))
-            if peak:
-                report.note(case, name, "peak memory reserved", "MiB", peak / 2**20)
-            report.write()
+            if peaks[name]:
+                report.note(case, name, "peak memory reserved", "MiB", peaks[name] / 2**20)
+        report.write()
     return median
 
 
@@ -378,7 +384,7 @@ def main() -> None:
     if LARGE:
         runs["ft, no graphs"] = lambda: loop("ft", pairs, patch, recorded=False)
         runs["abd, no graphs"] = lambda: loop("abd", pairs, patch, recorded=False)
-    runs["plain loop with a patch"] = lambda: plain_loop(pairs, patch)
+    runs["plain loop, patch and EDA"] = lambda: plain_loop(pairs, patch)
     runs["cleanclip"] = lambda: loop("cleanclip", pairs, patch)
     if given.compiled:
         runs["ft, compiled"] = lambda: loop("ft", pairs, patch, compiled=True)
