@@ -387,8 +387,8 @@ def doses(results: pd.DataFrame, *, rate: float, title: str) -> Figure:
 def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     """Ratios to a case's first variant, a panel a device and a bar a variant; to the right of 1 is better than it.
 
-    Panels stand below one another, since a page is narrower than two of them. A case whose first variant is not that of
-    the legend names it.
+    A line at a bar's end is the ratio's 95 % interval, where it was measured. Panels stand below one another, since a
+    page is narrower than two of them. A case whose first variant is not that of the legend names it.
 
     Args:
         benchmarks: rows as `results.read_benchmarks` gives them.
@@ -407,7 +407,12 @@ def speeds(benchmarks: pd.DataFrame, metric: str, *, title: str) -> Figure:
     colours = _colours(list(rows["variant"].unique()))
     for axes, device in zip(grid[:, 0], devices, strict=True):
         part = rows[rows["device"] == device]
-        sns.barplot(part, y="case", x="ratio", hue="variant", palette=colours, ax=axes, legend=False)
+        cases, variants = list(part["case"].unique()), list(part["variant"].unique())
+        look = {"hue": "variant", "palette": colours, "errorbar": None, "legend": False}
+        sns.barplot(part, y="case", x="ratio", ax=axes, **look)
+        for row in part.dropna(subset="ratio_low").itertuples():
+            y = cases.index(row.case) + 0.8 * ((variants.index(row.variant) + 0.5) / len(variants) - 0.5)
+            axes.plot([row.ratio_low, row.ratio_high], [y, y], color="0.2", linewidth=1)
         axes.axvline(1, color="0.3", linewidth=1)
         axes.set(xlabel=f"{metric}: times better than the first", ylabel="", title=escape.figure(device))
     handles = [Patch(color=colour, label=variant) for variant, colour in colours.items()]

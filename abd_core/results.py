@@ -75,18 +75,19 @@ class BenchmarksConfig(Config):
 
 
 def read_benchmarks(path: Path) -> pd.DataFrame:
-    """Figures of the benchmarks, a row each (see `benchmarks/measure.py`); `ratio` is NaN where there is none.
+    """Figures of the benchmarks, a row each (see `benchmarks/measure.py`); NaN where there is no ratio or interval.
 
     Raises:
         RunError: there is no such file.
         ResultsError: it is another kind of table.
     """
     regular(path)
+    ratios = ("ratio", "ratio_low", "ratio_high")
     try:
-        table = pd.read_csv(path, dtype={"value": float, "ratio": float, "n": int})
+        table = pd.read_csv(path, dtype={"value": float, **dict.fromkeys(ratios, float), "n": int})
     except ValueError as error:
         raise ResultsError(f"{path}: {error}") from None
-    missing = {"benchmark", "device", "case", "variant", "metric", "value", "unit", "ratio", "n"} - set(table.columns)
+    missing = {"benchmark", "device", "case", "variant", "metric", "value", "unit", *ratios, "n"} - set(table.columns)
     if missing:
         raise ResultsError(f"{path}: columns missing: {', '.join(sorted(missing))}")
     return table

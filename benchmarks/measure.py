@@ -2,7 +2,7 @@
 
 A row is one figure of one variant in one case. `ratio` compares it with the case's first variant *in the same run*: for
 times and memory, the first one's value divided by this one's. Compare ratios, not times of two runs or two machines.
-Where the variants took turns, `ratio_low` and `ratio_high` are the ends of the ratio's 95 % interval.
+Where the variants took turns, it is the median of the turns' ratios, with a 95 % interval, `ratio_low` to `ratio_high`.
 """
 
 from __future__ import annotations
@@ -57,22 +57,16 @@ def seconds(
     return taken
 
 
-def interval(first: Sequence[float], own: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of the ratio of two variants' medians, by bootstrap over the turns that both took; None of too few.
+def compared(first: Sequence[float], own: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """How many times the first one's seconds are one's own, the median over turns; its 95 % interval, None of too few.
 
-    A turn is drawn with both of its figures, since what slows the machine meets both.
+    The interval is by bootstrap over the turns.
     """
-    turns = min(len(first), len(own))
-    if turns < FEWEST:
-        return None
-
-    def ratio(first: np.ndarray, own: np.ndarray, axis: int) -> np.ndarray:
-        return np.median(first, axis) / np.median(own, axis)
-
-    found = stats.bootstrap(
-        (first[:turns], own[:turns]), ratio, paired=True, n_resamples=2000, method="percentile", rng=0
-    ).confidence_interval
-    return found.low, found.high
+    ratios = [one / other for one, other in zip(first, own, strict=False)]  # a run that is cut short ends in a turn
+    if len(ratios) < FEWEST:
+        return statistics.median(ratios), None
+    found = stats.bootstrap((ratios,), np.median, n_resamples=2000, method="percentile", rng=0).confidence_interval
+    return statistics.median(ratios), (found.low, found.high)
 
 
 def _now() -> float:
@@ -165,19 +159,26 @@ class Report:
             self.note(case, variant, metric, unit, value, ratio=first / value if value else None, n=n)
 
     def times(
-        self, case: str, metric: str, taken: Mapping[str, Sequence[float]], *, calls: int = 1
+        self,
+        case: str,
+        metric: str,
+        taken: Mapping[str, Sequence[float]],
+        *,
+        beside: Mapping[str, Sequence[float]] | None = None,
+        calls: int = 1,
     ) -> dict[str, float]:
         """Each variant's median turn, noted in ms and returned in seconds, of its seconds turn by turn.
 
-        `calls`: those in a turn.
+        Args:
+            beside: what the first variant took within a variant's own turns, where that is known.
+            calls: those in a turn.
         """
-        first = next(iter(taken.values()), ())
         found = {variant: statistics.median(turns) for variant, turns in taken.items()}
+        first = next(iter(taken.values()), ())
         for variant, turns in taken.items():
-            ratio = statistics.median(first) / found[variant]
-            within = None if turns is first else interval(first, turns)
-            count = calls * len(turns)
-            self.note(case, variant, metric, "ms", 1e3 * found[variant], ratio=ratio, within=within, n=count)
+            ratio, within = (1.0, None) if turns is first else compared((beside or {}).get(variant, first), turns)
+            n = calls * len(turns)
+            self.note(case, variant, metric, "ms", 1e3 * found[variant], ratio=ratio, within=within, n=n)
         return found
 
     def note(

@@ -2,7 +2,8 @@
 
     python benchmarks/steps.py [--seconds N] [--compiled]
 
-On the CPU: the embedded benchmark's model and pairs, drawing of the views and captions included. On a GPU:
+On the CPU: the embedded benchmark's model and pairs, drawing of views and captions included. Before each step that is
+compared with the plain loop, one of that is taken, so that a slow moment of the machine meets both. On a GPU:
 `RN50-quickgelu` at 224 px on random images that are there already, then from tars, and what that makes of the paper's
 defence. Then where the time of a step goes, by torch's profiler. What has been measured is written as it comes; after N
 seconds no further turn is begun.
@@ -24,7 +25,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import open_clip
@@ -44,8 +45,7 @@ from abd_core.text import augment, synonyms, tokenize
 from abd_core.train import Step, parameter_groups
 
 LARGE = ON.type == "cuda"
-# On a CPU, which others may use too, many short turns: all variants meet its slow moments.
-NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 12, 4, 15)
+NAME, BATCH, STEPS, WARM, TURNS = ("RN50-quickgelu", 128, 24, 6, 3) if LARGE else (models.EMBEDDED, 64, 12, 4, 10)
 WIDTH = 1024 if LARGE else 128  # of the adversary's generator and discriminator: AdvCLIP's, and the profile's
 PAPER = 250_000 * 10  # image-caption pairs that the paper's defence sees
 # Part of a step -> what the names of its operations, or of the ranges that they run in, begin with.
@@ -103,38 +103,61 @@ def plain_step(pairs: Pairs, patch: torch.Tensor | None) -> Callable[[int], None
     return step
 
 
+class Spent(NamedTuple):
+    """Of a run's steps from step `WARM` on."""
+
+    seconds: float  # a step
+    memory: int = 0  # bytes reserved at the peak, on a GPU
+    beside: float = 0.0  # seconds of a step of what ran beside them, if anything did
+
+
 class Clock:
     """Seconds a step, and bytes at the peak, from step `WARM` of a loop on.
 
     The bytes are those that torch has reserved: what a CUDA graph keeps is among them, and not among those allocated.
+
+    Args:
+        beside: is called with a step's number before the step, and timed on its own.
     """
 
-    def __init__(self, profiler: profile | None = None) -> None:
-        self.profiler = profiler
+    def __init__(self, profiler: profile | None = None, beside: Callable[[int], None] | None = None) -> None:
+        self.profiler, self.beside = profiler, beside
         self.before = torch.cuda.memory_reserved() if LARGE else 0
+        self.apart = 0.0  # seconds of what ran beside
 
     def at(self, step: int) -> None:
         """To be called as step number `step` begins."""
+        began = time.perf_counter()
+        if self.beside:
+            self.beside(step)
         if step == WARM:
             if LARGE:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
             if self.profiler:
                 self.profiler.start()
-            self.start = time.perf_counter()
+            self.start, self.apart = time.perf_counter(), 0.0
+        elif self.beside:
+            self.apart += time.perf_counter() - began
 
-    def read(self, steps: int) -> tuple[float, float]:
+    def read(self, steps: int) -> Spent:
         """To be called after so many steps."""
         if LARGE:
             torch.cuda.synchronize()
-        taken = (time.perf_counter() - self.start) / (steps - WARM)
+        taken = time.perf_counter() - self.start - self.apart
         if self.profiler:
             self.profiler.stop()
-        return taken, (torch.cuda.max_memory_reserved() - self.before if LARGE else 0)
+        memory = torch.cuda.max_memory_reserved() - self.before if LARGE else 0
+        return Spent(taken / (steps - WARM), memory, self.apart / (steps - WARM - 1))
 
 
-def plain_loop(pairs: Pairs, patch: torch.Tensor | None) -> tuple[float, float]:
-    clock = Clock()
+def beside(pairs: Pairs) -> Callable[[int], None] | None:
+    """The plain loop's step, to be taken beside those that are compared with it; none on a GPU, which it would stop."""
+    return None if LARGE else plain_step(pairs, None)
+
+
+def plain_loop(pairs: Pairs, patch: torch.Tensor | None) -> Spent:
+    clock = Clock(beside=None if patch is None else beside(pairs))
     step = plain_step(pairs, patch)
     for number in range(WARM + STEPS):
         clock.at(number)
@@ -179,7 +202,7 @@ def loop(
     trimmed: bool = True,
     compiled: bool = False,
     profiler: profile | None = None,
-) -> tuple[float, float]:
+) -> Spent:
     """The stage's own training, `train.fit`, with this defence.
 
     Args:
@@ -187,7 +210,7 @@ def loop(
         trimmed: they leave out what no feature comes from (`towers`), else they are open_clip's own.
         compiled: the image encoder is compiled, and no graphs.
     """
-    clock = Clock(profiler)
+    clock = Clock(profiler, None if profiler else beside(pairs))
     timed = Timed(pairs, clock)
     with ExitStack() as stack:
         if not recorded or compiled:
@@ -230,7 +253,7 @@ def shares(name: str, pairs: TrainingPairs, patch: torch.Tensor) -> dict[str, fl
         mock.patch.object(defences, "auto_augment", in_range(defences.auto_augment)),
         mock.patch.object(Perturbation, "__call__", in_range(Perturbation.__call__)),
     ):
-        spent, _ = loop(name, pairs, patch, recorded=False, profiler=profiler)
+        spent = loop(name, pairs, patch, recorded=False, profiler=profiler).seconds
     steps = len(pairs) // BATCH - WARM
     taken = Counter({part: 0.0 for part in PARTS})
     for event in profiler.events():
@@ -262,7 +285,7 @@ class PastedOnCPU(Perturbation):
         return images.to(ON)
 
 
-def adversary_loop(pairs: TrainingPairs, *, plain: bool) -> tuple[float, float]:
+def adversary_loop(pairs: TrainingPairs, *, plain: bool) -> Spent:
     """The stage's own search: generator, discriminator, all terms of the loss.
 
     Args:
@@ -311,21 +334,15 @@ def tars(folder: Path, captions: Sequence[str]) -> str:
 
 
 def measured(
-    report: Report,
-    case: str,
-    runs: dict[str, Callable[[], tuple[float, float]]],
-    *,
-    until: float,
-    turns: int = TURNS,
+    report: Report, case: str, runs: dict[str, Callable[[], Spent]], *, until: float, turns: int = TURNS
 ) -> dict[str, float]:
     """Median seconds a step of each run; they take turns, there and back, and the table is written after each turn.
 
     "first run" are the seconds of all of a run's steps and of what comes before them, such as compiling; "later run"
-    are those where something may have been kept.
+    are those where something may have been kept. Both hold the steps that are taken beside.
     """
-    taken: dict[str, list[float]] = {}
+    spent: dict[str, list[Spent]] = {}
     whole: dict[str, list[float]] = {}
-    peaks: dict[str, float] = {}
     median: dict[str, float] = {}
     for turn in range(turns):
         if time.monotonic() > until:
@@ -334,20 +351,21 @@ def measured(
             if time.monotonic() > until:
                 break
             began = time.perf_counter()
-            spent, peaks[name] = runs[name]()
+            spent.setdefault(name, []).append(runs[name]())
             whole.setdefault(name, []).append(time.perf_counter() - began)
-            taken.setdefault(name, []).append(spent)
             gc.collect()
             if LARGE:
                 torch.cuda.empty_cache()
-        median = report.times(case, "step", taken, calls=STEPS)
-        for name, spent in median.items():
-            report.note(case, name, "speed", "images/s", BATCH / spent, n=STEPS * len(taken[name]))
+        taken = {name: [run.seconds for run in own] for name, own in spent.items()}
+        others = {name: [run.beside for run in own] for name, own in spent.items() if own[0].beside}
+        median = report.times(case, "step", taken, beside=others, calls=STEPS)
+        for name, seconds in median.items():
+            report.note(case, name, "speed", "images/s", BATCH / seconds, n=STEPS * len(taken[name]))
             report.note(case, name, "first run", "s", whole[name][0])
             if later := whole[name][1:]:
                 report.note(case, name, "later run", "s", statistics.median(later), n=len(later))
-            if peaks[name]:
-                report.note(case, name, "peak memory reserved", "MiB", peaks[name] / 2**20)
+            if memory := spent[name][-1].memory:
+                report.note(case, name, "peak memory reserved", "MiB", memory / 2**20)
         report.write()
     return median
 
@@ -375,7 +393,7 @@ def main() -> None:
         half = torch.is_autocast_enabled(ON.type)
         ceiling = product_rate(torch.get_autocast_dtype(ON.type) if half else torch.float32)
     report.note(case, "ceiling", "matrix product", "TFLOP/s", ceiling / 1e12)
-    runs: dict[str, Callable[[], tuple[float, float]]] = {
+    runs: dict[str, Callable[[], Spent]] = {
         "plain loop": lambda: plain_loop(pairs, None),
         "ft": lambda: loop("ft", pairs, patch),
         "abd": lambda: loop("abd", pairs, patch),
@@ -408,7 +426,7 @@ def main() -> None:
             stored = stored.take([*range(len(stored))] * 4)  # an epoch long enough for workers to get under way
             for name in ("ft", "abd"):
                 if time.monotonic() < until:
-                    spent, _ = loop(name, stored, patch)
+                    spent = loop(name, stored, patch).seconds
                     variant, speed = f"{name} from tars", BATCH / spent
                     report.note(case, variant, "speed", "images/s", speed, ratio=taken[name] / spent)
                     report.note(case, variant, "paper's defence, with loading", "GPU-hours", PAPER / speed / 3600)

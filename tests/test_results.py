@@ -613,6 +613,20 @@ def test_the_dose_curve_has_a_point_for_each_share_at_the_mean_over_seeds():
         assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "10"]
 
 
+def test_a_ratio_of_the_benchmarks_is_a_bar_and_its_interval_a_line_within_it():
+    rows = [("a", "plain", 1.0, np.nan, np.nan), ("a", "ours", 2.0, 1.8, 2.1), ("b", "plain", 1.0, np.nan, np.nan)]
+    rows += [("b", "ours", 3.0, np.nan, np.nan), ("b", "other", 0.5, 0.4, 0.7)]
+    table = pd.DataFrame(rows, columns=["case", "variant", "ratio", "ratio_low", "ratio_high"])
+    (axes,) = plots.speeds(table.assign(device="D", metric="step"), "step", title="t").axes
+    *lines, one = axes.get_lines()
+    assert set(one.get_xdata()) == {1}
+    bars = {bar.get_width(): bar for bar in axes.patches if bar.get_width()}
+    for line, ratio, ends in zip(lines, (2.0, 0.5), ([1.8, 2.1], [0.4, 0.7]), strict=True):
+        assert list(line.get_xdata()) == ends
+        y = line.get_ydata()
+        assert y[0] == y[1] == pytest.approx(bars[ratio].get_y() + bars[ratio].get_height() / 2)
+
+
 def test_the_shares_are_the_ratios_a_bar_each_under_their_own_names():
     rows = [("a", "speed", 0.5), ("a", "CPU time", 0.75), ("b $", "speed", 1.25), ("b $", "start", np.nan)]
     table = pd.DataFrame(rows, columns=["variant", "metric", "ratio"]).assign(device="D")
@@ -629,7 +643,7 @@ def test_the_shares_are_the_ratios_a_bar_each_under_their_own_names():
     ("text", "message"),
     [
         (None, "missing file"),
-        ("benchmark,device\nperturb,CPU\n", "columns missing: case, metric, n, ratio, unit, value, variant"),
+        ("benchmark,device\nperturb,CPU\n", "columns missing: case, metric, n, ratio, ratio_high, .*, value, variant"),
         ("benchmark,device,case,variant,metric,value,unit,ratio,n\na,b,c,d,e,fast,ms,1,1\n", "fast"),
     ],
 )
