@@ -241,7 +241,7 @@ seen = {
 timed_as = {
     "poison": ["ft from tars", "ft", "plain loop"],
     "adversary": ["abd_core", "plain AdvCLIP"],
-    "defend": ["abd from tars", "abd", "plain loop with a patch"],
+    "defend": ["abd from tars", "abd", "plain loop, patch and EDA", "plain loop with a patch"],
 }
 reported = {"poison": 8, "defend": 14}  # A100-hours of the paper
 loading = measured[measured["benchmark"] == "loading"]
