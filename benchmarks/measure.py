@@ -41,13 +41,15 @@ def seconds(
 ) -> dict[str, list[float]]:
     """Seconds a call of each variant, turn by turn; all take turns, so that a slow moment of the machine meets all.
 
+    They go there and back: none has the same one before it always.
+
     Args:
         given: what makes the argument of a variant's calls, anew for each turn and outside of its time.
         in_a_row: calls a turn; on a GPU only the last one is waited for.
     """
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(repeats + 1):
-        for name, call in variants.items():
+        for name, call in [*variants.items()][:: 1 if turn % 2 else -1]:
             arguments = [given[name]()] if given else []
             start = _now()
             for _ in range(in_a_row):
@@ -101,7 +103,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def own_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+def own_seconds(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
     """Seconds that the device itself works at a call: what a share of its ceilings is counted in."""
     if ON.type == "cuda":
         return device_seconds(calls, repeats=repeats)

@@ -20,7 +20,7 @@ import string
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -334,7 +334,7 @@ def tars(folder: Path, captions: Sequence[str]) -> str:
 
 
 def measured(
-    report: Report, case: str, runs: dict[str, Callable[[], Spent]], *, until: float, turns: int = TURNS
+    report: Report, case: str, runs: Mapping[str, Callable[[], Spent]], *, until: float, turns: int = TURNS
 ) -> dict[str, float]:
     """Median seconds a step of each run; they take turns, there and back, and the table is written after each turn.
 
@@ -347,11 +347,11 @@ def measured(
     for turn in range(turns):
         if time.monotonic() > until:
             break
-        for name in runs if turn % 2 == 0 else reversed(runs):
+        for name, run in [*runs.items()][:: -1 if turn % 2 else 1]:
             if time.monotonic() > until:
                 break
             began = time.perf_counter()
-            spent.setdefault(name, []).append(runs[name]())
+            spent.setdefault(name, []).append(run())
             whole.setdefault(name, []).append(time.perf_counter() - began)
             gc.collect()
             if LARGE:
