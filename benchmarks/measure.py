@@ -103,7 +103,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def own_seconds(calls: dict[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+def own_seconds(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
     """Seconds that the device itself works at a call: what a share of its ceilings is counted in."""
     if ON.type == "cuda":
         return device_seconds(calls, repeats=repeats)

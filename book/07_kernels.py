@@ -197,7 +197,9 @@ earlier.set_index(["device", "benchmark", "case"])[["variant", "metric", "run"]]
 named = {
     "infonce": ["open_clip", "open_clip compiled", "abd_core torch", "backward", "forward + backward"],
     "perturb": ["torchvision compiled", "kornia eager", "kornia compiled", "abd_core torch", "forward + backward"],
-    "training step": ["plain loop", "ft", "abd", "cleanclip", "ft, compiled", "time in convolution"],
+    "training step": [
+        *("plain loop", "plain loop, patch and EDA", "ft", "abd", "cleanclip", "ft, compiled", "time in convolution")
+    ],
     "adversary step": ["plain AdvCLIP", "abd_core", "RN50-quickgelu, batch 128, width 1024"],
     "loading": [],
     "audit": [],
@@ -346,9 +348,10 @@ pd.DataFrame(reached).T
 # is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
 # kernels is most of its time.
-# On two cores, twice the speed of the plain loop is within what a machine's state decides. While these rows were measured, it multiplied matrices at half
-# the rate of the run before them (revision `c1f3da5` of the table, which had FT and ABD above two): others shared its memory, which both loops then wait
-# for. ABD has longer captions too, since EDA adds words to them; the plain loop's are left as they are.
+# On two cores FT's and ABD's steps are twice as fast as the plain loop's by a little. In turns of some seconds each, which others' use of the machine meets
+# unequally, runs of the last revisions had FT at 2.12, 2.04 and 1.86 (`c1f3da5`, `4e08919`, `2dcfe3e`; not in the table any more). Beside one another, the
+# steps of all turns agree, on the slower state of the same machine. ABD has longer captions too, since EDA adds words to them, and the plain loop's are left
+# as they are: *plain loop, patch and EDA* is ABD's step in plain torch.
 # At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
 # it takes longer. Per batch:
 
