@@ -67,16 +67,17 @@ def info_nce(
         positives = None if positives is None else positives.to(dtype)
         with torch.autocast(kind, enabled=False):  # it would reach into what follows
             return info_nce(queries, keys, scale, weights=weights, positives=positives, offset=offset, impl=impl)
-    choose(impl, queries)  # refuses what there is not
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     if isinstance(scale, torch.Tensor):
-        scale = scale.to(queries.device, wide)
+        if scale.dtype != wide or scale.device != queries.device:  # `to` takes its time with nothing to do, too
+            scale = scale.to(queries.device, wide)
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    if kind == "cpu" and impl != "triton" and batch * count * (1 + all(weights)) <= FEW:
+    if kind == "cpu" and impl in ("auto", "torch") and batch * count * (1 + all(weights)) <= FEW:
         return _composed(queries, keys, scale, positives, weights, offset)
+    choose(impl, queries)  # refuses what there is not
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
@@ -227,7 +228,7 @@ def _composed(
 ) -> torch.Tensor:
     """The loss by torch's own operations, with the whole matrix."""
     q, k = queries, keys
-    if q.dtype != scale.dtype:  # `to` takes its time where there is nothing to do, too
+    if q.dtype != scale.dtype:
         q, k = q.to(scale.dtype), k.to(scale.dtype)
     logits = torch.mm(scale * q, k.t())
     if positives is not None:
