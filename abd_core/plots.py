@@ -216,8 +216,10 @@ MARKERS = "o^DvP*X<>p"  # no square: that is for what does not compete
 
 
 def _colours(labels: Sequence[str]) -> dict[str, Any]:
-    """Colours of the colour-blind-safe palette; from the eleventh label on they come again."""
-    return dict(zip(labels, itertools.cycle(sns.color_palette("colorblind")), strict=False))
+    """Colours of the colour-blind-safe palette; from the eleventh label on they come again, darker."""
+    palette = sns.color_palette("colorblind")
+    palette += [sns.set_hls_values(colour, l=0.25) for colour in palette]
+    return dict(zip(labels, itertools.cycle(palette), strict=False))
 
 
 def _without_rows(title: str) -> Figure:

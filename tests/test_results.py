@@ -627,6 +627,14 @@ def test_a_ratio_of_the_benchmarks_is_a_bar_and_its_interval_a_line_within_it():
         assert y[0] == y[1] == pytest.approx(bars[ratio].get_y() + bars[ratio].get_height() / 2)
 
 
+def test_each_of_eleven_variants_has_a_colour_of_its_own():
+    table = pd.DataFrame({"variant": [f"v{i}" for i in range(11)], "ratio": 1.0}).assign(
+        device="D", case="a", metric="step", ratio_low=np.nan, ratio_high=np.nan
+    )
+    (legend,) = plots.speeds(table, "step", title="t").legends
+    assert len({handle.get_facecolor() for handle in legend.get_patches()}) == 11
+
+
 def test_the_shares_are_the_ratios_a_bar_each_under_their_own_names():
     rows = [("a", "speed", 0.5), ("a", "CPU time", 0.75), ("b $", "speed", 1.25), ("b $", "start", np.nan)]
     table = pd.DataFrame(rows, columns=["variant", "metric", "ratio"]).assign(device="D")
