@@ -222,8 +222,8 @@ for device, part in measured.groupby("device", sort=False):
 # %% [markdown]
 # The H200's rows of InfoNCE from 65,536 on are of a run of their own. All of them are from before the positives were left out of the products: a small
 # kernel and a sum now take the place of a product of the features' size and its sum. memeff's kernel does not fit this GPU in float32 at $D = 1024$, so it has no rows
-# of that. The H200's rows of `perturb` are from before a pattern's gradient was summed in its own memory: then programs of 512 pixels shared the
-# batch, each wrote its sum, 6 MiB in all for an addition, and a second launch added them up.
+# of that. The H200's rows of `perturb`, forward, are from before what is no number stayed none: the clamp made it 0 then, and took two instructions a value
+# less. The kernels of its gradient are as they were measured.
 #
 # ### By the clock
 

@@ -206,7 +206,7 @@ def test_one_pass_paints_clamps_normalises_and_casts(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("batch", [37, 7, 1])
+@pytest.mark.parametrize("batch", [7, 1])
 def test_the_gradients_are_those_of_the_plain_composition(kind: str, formats: tuple[bool, bool], batch: int, impl: str):
     images, settings = arguments(kind, batch=batch)
     leaves = {"images": images.contiguous(memory_format=torch.channels_last) if formats[0] else images}
@@ -222,11 +222,10 @@ def test_the_gradients_are_those_of_the_plain_composition(kind: str, formats: tu
         torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("programs", [1, 3])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if KINDS[kind]["count"]])
-def test_where_blocks_suffice_a_pattern_s_gradient_is_summed_in_its_own_memory(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(perturb_triton, "PROGRAMS", 1)
+def test_programs_that_share_a_batch_add_up_all_of_it(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(perturb_triton, "PROGRAMS", programs * KINDS[kind]["count"])
     images, settings = arguments(kind, batch=37)
     patterns = settings.pop("patterns").requires_grad_()
     output = draw(37, 3, H, W, seed=8).to(DEVICE, torch.float32)
@@ -234,9 +233,7 @@ def test_where_blocks_suffice_a_pattern_s_gradient_is_summed_in_its_own_memory(
     def gradient(impl: str) -> torch.Tensor:
         return torch.autograd.grad(perturb(images, patterns, **settings, impl=impl), patterns, output)[0]
 
-    got = gradient(runs_here("triton"))
-    torch.testing.assert_close(got, gradient("torch"), rtol=1e-5, atol=1e-5)
-    assert got.untyped_storage().nbytes() == patterns.nbytes
+    torch.testing.assert_close(gradient(runs_here("triton")), gradient("torch"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["a patch", "a field", "one of three windows"])
@@ -482,15 +479,13 @@ for kernel, last, whole in itertools.product(more, (True, False), (True, False))
     types |= {"images": "*u8" if byte else "*fp32", "patterns": "*fp32", "weights": "*fp32", "places": "*i64"}
     types |= dict.fromkeys(["batch", "count", "h", "w", "each"], "i32")
     fixed = {name: last for name in names if name.endswith("_LAST")} | {"IMAGES_LAST": False}
-    fixed |= CONSTANTS | {"WHOLE": whole, "PAINT": True, "UNIT": 1 / 255 if byte else 1.0}
-    sums = kernel is kernels._patterns_kernel
-    fixed |= dict(zip(("SAMPLES", "GROUPS"), kernels.SUMMED if sums else (0, kernels.GROUPS), strict=True))
+    fixed |= CONSTANTS | {"WHOLE": whole, "PAINT": True, "UNIT": 1 / 255 if byte else 1.0, "GROUPS": kernels.GROUPS}
     fixed = {(names.index(name),): value for name, value in fixed.items() if name in names}
     signature = {name: types.get(name, "constexpr") for name in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(kernel, signature, fixed, aligned)
     for capability in (80, 90):
-        options = {**({} if sums else {"num_warps": kernels.NUM_WARPS}), **more[kernel]}
+        options = {"num_warps": kernels.NUM_WARPS, **more[kernel]}
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             Path(file.name).write_bytes(made.asm["cubin"])

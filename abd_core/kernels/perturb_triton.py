@@ -3,9 +3,8 @@
 Eight pixels of three channels are three whole vectors in memory, whether channels lie first or last: bytes and halves
 are read and written in vectors, and changing from one layout to the other is a matter of registers.
 
-The gradient of the patterns has a program for each block of a pattern's pixels, which takes some samples at a time and
-adds up in a fixed order, without atomics. For patterns of few blocks, several programs share the batch, and their sums
-are added up.
+The gradient of the patterns has a program for each block of a pattern's pixels and each share of the batch; the shares
+are summed in their order, without atomics.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from abd_core.kernels.perturb import layout
 
 GROUPS, NUM_WARPS = 64, 2  # of eight pixels a program
 REGISTERS = {} if torch.version.hip else {"maxnreg": 48}  # a thread: few, so that many wait for memory at once
-SUMMED = (16, 8)  # samples and groups of eight pixels that a program of the patterns' gradient has at a time
-PROGRAMS = 512  # that a gradient of the patterns has at least, where its batch suffices for so many
+PROGRAMS = 1024  # that share a gradient of the patterns, about
 
 
 @triton.jit
@@ -296,50 +294,43 @@ def _patterns_kernel(
     IMAGES_LAST: tl.constexpr,
     GRAD_LAST: tl.constexpr,
     UNIT: tl.constexpr,  # 1 / 255 for bytes, else 1
-    SAMPLES: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
     size = AREA if WHOLE else h * w
     which, block = _block(size, GROUPS)
-    row = tl.arange(0, SAMPLES * GROUPS)  # a sample's group of pixels
-    group = block * GROUPS + row % GROUPS
-    eight = tl.arange(0, 8)[None, :]
-    pixel = 8 * group[:, None] + eight
-    there = pixel < size
+    group = block * GROUPS + tl.arange(0, GROUPS)
+    pixel = 8 * group[:, None] + tl.arange(0, 8)[None, :]
+    mask = pixel < size
     own = patterns + which.to(tl.int64) * 3 * size + pixel
     gain = tl.load(weights + count + which)
-    red = gain * tl.load(own, mask=there, other=0.0)
-    green = gain * tl.load(own + size, mask=there, other=0.0)
-    blue = gain * tl.load(own + 2 * size, mask=there, other=0.0)
+    red = gain * tl.load(own, mask=mask, other=0.0)
+    green = gain * tl.load(own + size, mask=mask, other=0.0)
+    blue = gain * tl.load(own + 2 * size, mask=mask, other=0.0)
     keep = UNIT * tl.load(weights + which)
-    of_red = tl.zeros((SAMPLES * GROUPS, 8), tl.float32)
-    of_green = tl.zeros((SAMPLES * GROUPS, 8), tl.float32)
-    of_blue = tl.zeros((SAMPLES * GROUPS, 8), tl.float32)
+    of_red = tl.zeros((GROUPS, 8), tl.float32)
+    of_green = tl.zeros((GROUPS, 8), tl.float32)
+    of_blue = tl.zeros((GROUPS, 8), tl.float32)
     first = tl.program_id(1) * each
-    for i in range(first, tl.minimum(first + each, batch), SAMPLES):
-        sample = i + row // GROUPS
-        mine = tl.load(places + sample, mask=sample < batch, other=-1) == which
-        image = (sample.to(tl.int64) * 3 * AREA)[:, None]
-        if WHOLE:
-            read = tl.where(mine, group, AREA)  # beyond the image there is nothing to read
-            r, g, b = _load(images + image, read, AREA, IMAGES_LAST)
-            dr, dg, db = _load(grad + image, read, AREA, GRAD_LAST)
-        else:
-            top = tl.load(places + batch + sample, mask=mine, other=0).to(tl.int32)[:, None]
-            left = tl.load(places + 2 * batch + sample, mask=mine, other=0).to(tl.int32)[:, None]
-            at = (top + pixel // w) * WIDTH + left + pixel % w
-            mask = there & mine[:, None]
-            r, g, b = _window(images + image, at, mask, AREA, IMAGES_LAST)
-            dr, dg, db = _window(grad + image, at, mask, AREA, GRAD_LAST)
-        of_red += _passed(dr, keep * r + red, gain, FACTOR[0])
-        of_green += _passed(dg, keep * g + green, gain, FACTOR[1])
-        of_blue += _passed(db, keep * b + blue, gain, FACTOR[2])
-    pixel = 8 * (block * GROUPS + tl.arange(0, GROUPS))[:, None] + eight
-    there = pixel < size
+    for i in range(0, tl.minimum(each, batch - first)):
+        sample = first + i
+        if tl.load(places + sample) == which:
+            image = sample.to(tl.int64) * 3 * AREA
+            if WHOLE:
+                r, g, b = _load(images + image, group, AREA, IMAGES_LAST)
+                dr, dg, db = _load(grad + image, group, AREA, GRAD_LAST)
+            else:
+                top = tl.load(places + batch + sample).to(tl.int32)
+                left = tl.load(places + 2 * batch + sample).to(tl.int32)
+                at = (top + pixel // w) * WIDTH + left + pixel % w
+                r, g, b = _window(images + image, at, mask, AREA, IMAGES_LAST)
+                dr, dg, db = _window(grad + image, at, mask, AREA, GRAD_LAST)
+            of_red += _passed(dr, keep * r + red, gain, FACTOR[0])
+            of_green += _passed(dg, keep * g + green, gain, FACTOR[1])
+            of_blue += _passed(db, keep * b + blue, gain, FACTOR[2])
     own = out + (tl.program_id(1) * count + which).to(tl.int64) * 3 * size + pixel
-    tl.store(own, tl.sum(tl.reshape(of_red, (SAMPLES, GROUPS, 8)), 0), mask=there)
-    tl.store(own + size, tl.sum(tl.reshape(of_green, (SAMPLES, GROUPS, 8)), 0), mask=there)
-    tl.store(own + 2 * size, tl.sum(tl.reshape(of_blue, (SAMPLES, GROUPS, 8)), 0), mask=there)
+    tl.store(own, of_red, mask=mask)
+    tl.store(own + size, of_green, mask=mask)
+    tl.store(own + 2 * size, of_blue, mask=mask)
 
 
 def _unit(images: torch.Tensor) -> float:
@@ -425,21 +416,19 @@ def backward(
     patterns = patterns.contiguous()
     inputs = (grad, source, patterns, places, weights)
     sizes = (batch, count, h, w)
-    fixed = {"AREA": height * width, "WIDTH": width, "FACTOR": _factors(std)}
-    fixed |= {"WHOLE": (h, w) == (height, width), "IMAGES_LAST": last, "GRAD_LAST": grad_last}
+    fixed = {"AREA": height * width, "WIDTH": width, "FACTOR": _factors(std), "GROUPS": GROUPS}
+    fixed |= {"WHOLE": (h, w) == (height, width)}
+    fixed |= {"IMAGES_LAST": last, "GRAD_LAST": grad_last, "num_warps": NUM_WARPS}
     of_images, of_patterns = patterns.new_empty(0), patterns.new_empty(0)
     if needed[0]:
         of_images = torch.empty_like(source)
         grid = (cdiv(height * width, 8 * GROUPS) * batch,)
-        block = {"GROUPS": GROUPS, "num_warps": NUM_WARPS}
-        _images_kernel[grid](*inputs, of_images, *sizes, PAINT=count > 0, **fixed, **block)
+        _images_kernel[grid](*inputs, of_images, *sizes, PAINT=count > 0, **fixed)
     if needed[1]:
-        samples, groups = SUMMED
-        blocks = count * cdiv(h * w, 8 * groups)
-        each = samples * max(1, cdiv(batch, samples * cdiv(PROGRAMS, blocks)))  # a batch may be empty
+        blocks = count * cdiv(h * w, 8 * GROUPS)
+        each = max(1, cdiv(batch, cdiv(PROGRAMS, blocks)))  # a batch may be empty
         shares = cdiv(batch, each)
         parts = patterns.new_empty((shares, *patterns.shape))
-        block = {"SAMPLES": samples, "GROUPS": groups}
-        _patterns_kernel[(blocks, shares)](*inputs, parts, *sizes, each, UNIT=_unit(images), **fixed, **block)
-        of_patterns = parts[0] if shares == 1 else parts.sum(0)
+        _patterns_kernel[(blocks, shares)](*inputs, parts, *sizes, each, UNIT=_unit(images), **fixed)
+        of_patterns = parts.sum(0)
     return of_images, of_patterns
