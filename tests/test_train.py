@@ -151,6 +151,42 @@ def test_the_loop_is_adamw_with_that_schedule_and_those_groups(tmp_path: Path):
     assert history["loss"].tolist() == pytest.approx(means, rel=1e-7)
 
 
+def test_filters_whose_channels_lie_last_are_trained_as_plain_adamw_trains_them(
+    stand_in, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """On a CPU, torch's fused AdamW is silently wrong where a gradient, or a moment, lies otherwise than a weight."""
+    monkeypatch.setattr(train, "CHECKPOINT_SECONDS", 0.0)
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def loss(model: torch.nn.Module, kill_at: int | None = None) -> Callable:
+        def of(at: Step) -> tuple[torch.Tensor, dict]:
+            if at.step == kill_at:
+                raise Killed
+            return (model.visual(images[at.indices]) - images[at.indices].mean()).square().mean(), {}
+
+        return of
+
+    config, folder = TrainConfig(epochs=4, batch_size=4, lr=1e-3, warmup_steps=4, weight_decay=0.1), tmp_path
+    with pytest.raises(Killed):
+        model = models.build(ARCHITECTURE).double().cpu().train()
+        fit(model, loss(model, kill_at=2), count=4, config=config, folder=folder, stage="toy")
+    model = models.build(ARCHITECTURE).double().cpu().train()
+    filters = [p for p in model.visual.parameters() if p.ndim == 4 and not p.is_contiguous()]
+    assert filters
+    fit(model, loss(model), count=4, config=config, folder=folder, stage="toy")
+    plain = models.build(ARCHITECTURE).double().cpu().train().to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.AdamW(parameter_groups(plain, 0.1), betas=(0.9, 0.98), eps=1e-6, foreach=False, fused=False)
+    for step in range(4):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak=1e-3, warmup=4, total=4)
+        optimizer.zero_grad()
+        order = torch.randperm(4, generator=train.rng(0, "toy", "order", step))
+        loss(plain)(Step(order, step, step))[0].backward()
+        optimizer.step()
+    for (name, got), right in zip(model.visual.named_parameters(), plain.visual.parameters(), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-8, msg=name)
+
+
 def test_an_epoch_visits_whole_batches_of_different_pairs_in_an_order_of_its_own(tmp_path: Path):
     model, seen = Toy(), []
     fit(model, toy_loss(model, seen=seen), count=COUNT, config=CONFIG, folder=tmp_path, stage="toy")
