@@ -234,7 +234,8 @@ plots.speeds(contrast, "forward + backward", title="InfoNCE, loss and gradients:
 # %% [markdown]
 # *One way* is one direction alone, which Eq. (2) and the in-modal losses are. Up to $B = 512$ the CPU's rows of *abd_core torch* are the plain composition
 # too, in both directions from one product where open_clip makes two. In one direction, what the check of the arguments takes is saved again by keeping
-# the numbers of the positives from call to call: both are some microseconds, and up to $B = 512$ the two are as fast as one another to a percent.
+# the numbers of the positives from call to call: both are some microseconds, and up to $B = 512$ the two are as fast as one another to a percent. The
+# loss alone, without gradients, is some percent slower than plain torch's at $B = 2048$ in these rows, and the faster one above.
 
 # %% mystnb={"figure": {"caption": "Perturbing a batch, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each implementation of perturbing is than the first"}}
 painting = measured[measured["benchmark"] == "perturb"]
@@ -298,6 +299,7 @@ import operator
 rows = measured.assign(size=pd.to_numeric(measured["case"].str.extract(r"B=(\d+), .*bfloat16")[0]))
 triton = rows[rows["variant"] == "abd_core triton"]
 both = triton.merge(rows[rows["variant"] == "memeff*"], on=["device", "case", "metric"], suffixes=("", " of memeff"))
+# Quotients of two rows are no ratios of turns, and have no interval.
 against = both.assign(times=both["value of memeff"] / both["value"])
 of_product = triton[triton["size"].eq(32768) & triton["metric"].eq("share of the ceiling")]
 bars = [("InfoNCE, B = 32768: % of the ceiling", 45, of_product, "value")]
@@ -349,9 +351,8 @@ pd.DataFrame(reached).T
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
 # kernels is most of its time.
 # On two cores FT's and ABD's steps are twice as fast as the plain loop's by a little. In turns of some seconds each, which others' use of the machine meets
-# unequally, runs of the last revisions had FT at 2.12, 2.04 and 1.86 (`c1f3da5`, `4e08919`, `2dcfe3e`; not in the table any more). Beside one another, the
-# steps of all turns agree, on the slower state of the same machine. ABD has longer captions too, since EDA adds words to them, and the plain loop's are left
-# as they are: *plain loop, patch and EDA* is ABD's step in plain torch.
+# unequally, runs of nearly the same code came out on either side of two; that is why steps are taken beside one another now. ABD has longer captions too,
+# since EDA adds words to them, and the plain loop's are left as they are: *plain loop, patch and EDA* is ABD's step in plain torch.
 # At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
 # it takes longer. Per batch:
 

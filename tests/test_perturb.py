@@ -206,7 +206,7 @@ def test_one_pass_paints_clamps_normalises_and_casts(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("formats", [(False, False), (True, False), (False, True)], ids=str)
-@pytest.mark.parametrize("batch", [7, 1])
+@pytest.mark.parametrize("batch", [37, 7, 1])
 def test_the_gradients_are_those_of_the_plain_composition(kind: str, formats: tuple[bool, bool], batch: int, impl: str):
     images, settings = arguments(kind, batch=batch)
     leaves = {"images": images.contiguous(memory_format=torch.channels_last) if formats[0] else images}
@@ -233,7 +233,9 @@ def test_programs_that_share_a_batch_add_up_all_of_it(kind: str, programs: int, 
     def gradient(impl: str) -> torch.Tensor:
         return torch.autograd.grad(perturb(images, patterns, **settings, impl=impl), patterns, output)[0]
 
-    torch.testing.assert_close(gradient(runs_here("triton")), gradient("torch"), rtol=1e-5, atol=1e-5)
+    got = gradient(runs_here("triton"))
+    torch.testing.assert_close(got, gradient("torch"), rtol=1e-5, atol=1e-5)
+    assert got.untyped_storage().nbytes() == patterns.nbytes
 
 
 @pytest.mark.parametrize("kind", ["a patch", "a field", "one of three windows"])

@@ -651,7 +651,10 @@ def test_the_shares_are_the_ratios_a_bar_each_under_their_own_names():
     ("text", "message"),
     [
         (None, "missing file"),
-        ("benchmark,device\nperturb,CPU\n", "columns missing: case, metric, n, ratio, ratio_high, .*, value, variant"),
+        (
+            "benchmark,device\nperturb,CPU\n",
+            "columns missing: case, metric, n, ratio, ratio_high, ratio_low, unit, value, variant",
+        ),
         ("benchmark,device,case,variant,metric,value,unit,ratio,n\na,b,c,d,e,fast,ms,1,1\n", "fast"),
     ],
 )
