@@ -351,7 +351,8 @@ pd.DataFrame(reached).T
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
 # kernels is most of its time.
 # On two cores FT's and ABD's steps are twice as fast as the plain loop's by a little. In turns of some seconds each, which others' use of the machine meets
-# unequally, runs of nearly the same code came out on either side of two; that is why steps are taken beside one another now. ABD has longer captions too,
+# unequally, runs of nearly the same code came out on either side of two; that is why steps are taken beside one another now. The
+# plain loop's own time in the table is of runs of its own, at other moments, and divided by another's it is not that ratio. ABD has longer captions too,
 # since EDA adds words to them, and the plain loop's are left as they are: *plain loop, patch and EDA* is ABD's step in plain torch.
 # At large batches memeff's loss alone, without gradients, is the faster one, and needs less memory; it has no gradient for the scale, and with gradients
 # it takes longer. Per batch:
