@@ -5,8 +5,8 @@
 On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out,
 and so are they, with the reason, on a case that they fail on. "backward" is what comes after the loss is there:
 `info_nce` has made its gradients by then, and only scales them. The loss of one direction alone, which Eq. (2) and the
-in-modal losses are, stands against the plain composition, which takes part twice: its second row's ratio, which should be 1, is what the
-measurement itself adds.
+in-modal losses are, stands against the plain composition, which takes part twice: its second row's ratio, which should
+be 1, is what the measurement itself adds.
 """
 
 from __future__ import annotations

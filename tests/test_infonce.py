@@ -41,8 +41,8 @@ IMPLEMENTATIONS = ["torch", "one chunk", "chunks", "triton", "parts"]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both implementations, each at one go and in pieces; "torch" is the whole matrix, where it is small."""
-    for limit in ("CHUNK_BYTES", "ALONE_BYTES"):
-        monkeypatch.setattr(infonce, limit, 16 * 1024 if request.param == "chunks" else 1 << 30)
+    for limit, few in {"CHUNK_BYTES": 16 * 1024, "CPU_CHUNK_BYTES": 16 * 1024, "SOFTMAX_BYTES": 6 * 1024}.items():
+        monkeypatch.setattr(infonce, limit, few if request.param == "chunks" else 1 << 30)
     if "chunk" in request.param:
         monkeypatch.setattr(infonce, "FEW", 0)
     if request.param == "parts":
@@ -176,7 +176,8 @@ info_nce(torch.randn(4, 8), torch.randn(4, 8), 1.0)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("chunk", "few"), [(1, 0), (1 << 30, 0), (1 << 30, 1 << 18)])
 def test_gradients_are_those_of_finite_differences(case: str, chunk: int, few: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infonce, "CHUNK_BYTES", chunk)
+    for limit in ("CHUNK_BYTES", "CPU_CHUNK_BYTES"):
+        monkeypatch.setattr(infonce, limit, chunk)
     monkeypatch.setattr(infonce, "FEW", few)
     batch, count, dim, weights, separate, offset = CASES[case]
     small = [features(min(n, 4 + n // 40), min(dim, 3), i, torch.float64) for i, n in enumerate((batch, count, batch))]
@@ -232,19 +233,27 @@ def test_the_same_inputs_give_the_same_bits(impl: str):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes, in bytes."""
+    """Notes the size of the largest tensor that any operation makes, and of that of each operation, in bytes."""
 
-    size = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[str, int] = {}
+
+    @property
+    def size(self) -> int:
+        return max(self.of.values())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            self.size = max(self.size, tensor.nbytes if isinstance(tensor, torch.Tensor) else 0)
+        made = [tensor.nbytes for tensor in torch.utils._pytree.tree_leaves(out) if isinstance(tensor, torch.Tensor)]
+        name = function.overloadpacket.__name__
+        self.of[name] = max(self.of.get(name, 0), *made, 0)
         return out
 
 
 def test_the_matrix_is_neither_made_nor_kept(impl: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infonce, "CHUNK_BYTES", 4 * 400 * 64)
+    for limit in ("CHUNK_BYTES", "CPU_CHUNK_BYTES"):
+        monkeypatch.setattr(infonce, limit, 4 * 400 * 64)
     monkeypatch.setattr(infonce, "FEW", 400 * 400 - 1)
     monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)  # one block of 64 rows
     tensors = [features(400, 8, 0).requires_grad_(), features(400, 8, 1).requires_grad_()]
@@ -267,12 +276,19 @@ def test_without_gradients_the_loss_is_the_same(case: str, impl: str):
     assert_close([alone], [reference(*tensors, **settings)], TOLERANCE[torch.float32])
 
 
-def test_on_a_cpu_the_loss_alone_takes_smaller_chunks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(infonce, "ALONE_BYTES", 4 * 400 * 16)
+@pytest.mark.parametrize(
+    ("weights", "grads", "whole"), [((0.5, 0.5), True, True), ((1.0, 0.0), True, False), ((0.5, 0.5), False, False)]
+)
+def test_on_a_cpu_chunks_are_small_but_where_the_whole_saves_a_pass(
+    weights: tuple[float, float], grads: bool, whole: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(infonce, "CPU_CHUNK_BYTES", 4 * 400 * 16)
+    monkeypatch.setattr(infonce, "SOFTMAX_BYTES", 4 * 400 * 5)
     q, k, scale = features(400, 8, 0).cpu(), features(400, 8, 1).cpu(), torch.tensor(5.0)
     with Largest() as made:
-        infonce._forward(q, k, scale, None, (0.5, 0.5), 0, False)
-    assert made.size == 4 * 400 * 16
+        infonce._forward(q, k, scale, None, weights, 0, grads)
+    assert made.size == 4 * 400 * (400 if whole else 16)
+    assert grads or made.of["_log_softmax"] == 4 * 400 * 5
 
 
 def test_only_what_needs_a_gradient_costs_one():

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
-ALONE_BYTES = 1 << 24  # of them on a CPU for a loss without gradients: more is memory that the system clears each time
+CPU_CHUNK_BYTES = 1 << 23  # on a CPU: larger ones are memory that the system takes back and clears each time
+SOFTMAX_BYTES = 1 << 20  # of those at a time where a softmax makes as many again
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 FEW = 1 << 20  # logits up to which, on a CPU, torch's own operations are faster; half as many in both directions
@@ -59,7 +60,7 @@ def info_nce(
     Raises:
         ValueError: shapes, dtypes, devices, weights or `impl` do not fit.
     """
-    batch, count = _check(queries, keys, scale, weights, positives, offset)
+    logits = _check(queries, keys, weights, positives, offset)
     kind = "cpu" if queries.is_cpu else queries.device.type  # a device's type takes its time, beside a small batch
     if torch.is_autocast_enabled(kind):
         dtype = queries.dtype if queries.dtype == torch.float64 else torch.get_autocast_dtype(kind)
@@ -70,12 +71,14 @@ def info_nce(
     # In the features' place, but never in half precision: a scale of 100 has a gradient of its own.
     wide = torch.float64 if queries.dtype == torch.float64 else torch.float32
     if isinstance(scale, torch.Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
         if scale.dtype != wide or scale.device != queries.device:  # `to` takes its time with nothing to do, too
             scale = scale.to(queries.device, wide)
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    if kind == "cpu" and impl in ("auto", "torch") and batch * count * (1 + all(weights)) <= FEW:
+    if kind == "cpu" and impl in ("auto", "torch") and logits * (1 + all(weights)) <= FEW:
         return _composed(queries, keys, scale, positives, weights, offset)
     choose(impl, queries)  # refuses what there is not
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
@@ -89,12 +92,11 @@ def info_nce(
 def _check(
     queries: torch.Tensor,
     keys: torch.Tensor,
-    scale: torch.Tensor | float,
     weights: tuple[float, float],
     positives: torch.Tensor | None,
     offset: int,
-) -> tuple[int, int]:
-    """How many queries and keys there are. Each look at a tensor takes its time, beside a small batch.
+) -> int:
+    """How many logits there are. Each look at a tensor takes its time, beside a small batch.
 
     Raises:
         ValueError: something does not fit.
@@ -115,13 +117,11 @@ def _check(
     batch, count = shape[0], of_keys[0]
     if not 0 <= offset <= count - batch:
         raise ValueError(f"info_nce: offset {offset} with {batch} queries and {count} keys")
-    if not any(weights):
+    if not (weights[0] or weights[1]):
         raise ValueError("info_nce: a direction with a weight other than 0 expected")
     if weights[1] and count != batch:
         raise ValueError(f"info_nce: both directions need as many keys as queries, not {count} and {batch}")
-    if isinstance(scale, torch.Tensor) and scale.numel() != 1:
-        raise ValueError(f"info_nce: a scale of one element expected, not {tuple(scale.shape)}")
-    return batch, count
+    return batch * count
 
 
 def library_is_faster(dtype: torch.dtype, logits: int) -> bool:
@@ -226,15 +226,15 @@ def _composed(
     weights: tuple[float, float],
     offset: int,
 ) -> torch.Tensor:
-    """The loss by torch's own operations, with the whole matrix."""
+    """The loss by torch's own operations on a CPU, with the whole matrix."""
     q, k = queries, keys
     if q.dtype != scale.dtype:
         q, k = q.to(scale.dtype), k.to(scale.dtype)
-    logits = torch.mm(scale * q, k.t())
+    logits = F.linear(scale * q, k)  # one call, not two: a small batch's times are those of calls
     if positives is not None:
         logits = logits.diagonal_scatter(scale * (q * positives.to(scale.dtype)).sum(1), offset)
     start, stop = offset, offset + q.shape[0]
-    own = _count(start, stop) if q.is_cpu and may_keep(logits) else torch.arange(start, stop, device=q.device)
+    own = _count(start, stop) if may_keep(logits) else torch.arange(start, stop, device=q.device)
     row_weight, column_weight = weights
     loss = F.cross_entropy(logits, own) if row_weight else logits.new_zeros(())
     loss = loss if row_weight in (0, 1) else row_weight * loss
@@ -264,8 +264,10 @@ def _forward(
     batch, (row_weight, column_weight) = len(queries), weights
     q, k = queries.to(scale.dtype), keys.to(scale.dtype)
     p = None if positives is None else positives.to(scale.dtype)
-    limit = CHUNK_BYTES if grads or not q.is_cpu else ALONE_BYTES
-    rows = max(1, min(batch, limit // (len(k) * k.element_size())))
+    row = len(k) * k.element_size()
+    once = grads and column_weight and batch * row <= CHUNK_BYTES  # made whole, it takes one pass and not two
+    limit = CHUNK_BYTES if once or not q.is_cpu else CPU_CHUNK_BYTES
+    rows = max(1, min(batch, limit // row))
     if not grads:
         value = _value(q, k, scale, p, weights, offset, rows)
         return value, q.new_empty(0), q.new_empty(0), q.new_empty(0), q.new_empty(0)
@@ -332,10 +334,12 @@ def _value(
     row_weight, column_weight = weights
     total, owns = q.new_zeros(()), q.new_empty(len(q))
     columns = q.new_full((len(k),), -torch.inf)
+    few = max(1, SOFTMAX_BYTES // (len(k) * k.element_size())) if q.is_cpu else rows
     for part, diagonal, logits in _chunks(q, k, scale, p, offset, rows):
         if row_weight:
             own = torch.arange(diagonal, diagonal + len(logits), device=q.device)
-            total += row_weight * F.cross_entropy(logits, own, reduction="sum")
+            for some, theirs in zip(logits.split(few), own.split(few), strict=True):
+                total += row_weight * F.cross_entropy(some, theirs, reduction="sum")
         if column_weight:
             owns[part] = logits.diagonal(diagonal)
             columns = torch.logaddexp(columns, logits.logsumexp(0))
