@@ -45,6 +45,7 @@ def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
         monkeypatch.setattr(infonce, limit, few if request.param == "chunks" else 1 << 30)
     if "chunk" in request.param:
         monkeypatch.setattr(infonce, "FEW", 0)
+        monkeypatch.setattr(infonce, "FEW_ALONE", 0)
     if request.param == "parts":
         monkeypatch.setattr(infonce_triton, "PARTIALS", 1)
         monkeypatch.setattr(infonce_triton, "BUFFER_BYTES", 1)
@@ -289,6 +290,22 @@ def test_on_a_cpu_chunks_are_small_but_where_the_whole_saves_a_pass(
         infonce._forward(q, k, scale, None, weights, 0, grads)
     assert made.size == 4 * 400 * (400 if whole else 16)
     assert grads or made.of["_log_softmax"] == 4 * 400 * 5
+
+
+@pytest.mark.parametrize("grads", [False, True])
+def test_of_a_small_batch_one_direction_on_a_cpu_takes_the_operations_of_the_plain_one(
+    grads: bool, monkeypatch: pytest.MonkeyPatch
+):
+    if not grads:  # without gradients, larger ones count as small
+        monkeypatch.setattr(infonce, "FEW", 0)
+    q, k, scale = features(40, 8, 0).cpu().requires_grad_(grads), features(40, 8, 1).cpu(), torch.tensor(5.0)
+    own = torch.arange(40)
+    info_nce(q, k, scale)  # which counts the positives, once
+    with Largest() as plain:
+        F.cross_entropy(scale * q @ k.t(), own)
+    with Largest() as ours:
+        info_nce(q, k, scale)
+    assert ours.of == plain.of
 
 
 def test_only_what_needs_a_gradient_costs_one():

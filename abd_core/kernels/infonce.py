@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from abd_core.kernels.dispatch import choose, launching, may_keep, tf32
 
 CHUNK_BYTES = 1 << 26  # of logits at a time in the torch implementation
-CPU_CHUNK_BYTES = 1 << 23  # on a CPU: larger ones are memory that the system takes back and clears each time
-SOFTMAX_BYTES = 1 << 20  # of those at a time where a softmax makes as many again
+CPU_CHUNK_BYTES = 1 << 24  # on a CPU: larger ones are memory that the system takes back and clears each time
+SOFTMAX_BYTES = 1 << 21  # of those at a time where a softmax makes as many again
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MANY = 1 << 22  # logits from which on the matrix library makes up for its many launches
 FEW = 1 << 20  # logits up to which, on a CPU, torch's own operations are faster; half as many in both directions
+FEW_ALONE = 1 << 22  # and in one direction without gradients
 
 
 def info_nce(
@@ -78,11 +79,14 @@ def info_nce(
         scale = scale.reshape(()) if scale.ndim else scale
     else:
         scale = torch.full((), scale, dtype=wide, device=queries.device)
-    if kind == "cpu" and impl in ("auto", "torch") and logits * (1 + all(weights)) <= FEW:
+    on_cpu = kind == "cpu" and impl in ("auto", "torch")
+    if on_cpu and logits * (1 + all(weights)) <= FEW:
         return _composed(queries, keys, scale, positives, weights, offset)
     choose(impl, queries)  # refuses what there is not
     needed = [queries, keys, scale, *([] if positives is None else [positives])]
     grads = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in needed)
+    if on_cpu and not grads and not all(weights) and logits <= FEW_ALONE:
+        return _composed(queries, keys, scale, positives, weights, offset)
     given = (queries, keys, scale, positives, float(weights[0]), float(weights[1]), offset, grads, impl)
     if torch.compiler.is_compiling():
         return _op(*given)[0]
