@@ -5,8 +5,7 @@
 On a GPU, memeff (of the extra `bench`) and inf-cl (`pip install inf-cl`) take part; what is not installed is left out,
 and so are they, with the reason, on a case that they fail on. "backward" is what comes after the loss is there:
 `info_nce` has made its gradients by then, and only scales them. The loss of one direction alone, which Eq. (2) and the
-in-modal losses are, stands against the plain composition, which takes part twice: its second row's ratio, which should
-be 1, is what the measurement itself adds.
+in-modal losses are, stands against the plain composition.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def one_way() -> dict[str, Loss]:
     def plain(x: torch.Tensor, y: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(s * x @ y.T, torch.arange(len(x), device=x.device))
 
-    found: dict[str, Loss] = {"plain torch": plain, "plain torch again": plain}
+    found: dict[str, Loss] = {"plain torch": plain}
     for impl in ("torch", "triton") if ON.type == "cuda" else ("torch",):
         found[f"abd_core {impl}"] = lambda x, y, s, impl=impl: info_nce(x, y, s, impl=impl)
     return found
