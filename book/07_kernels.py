@@ -87,8 +87,10 @@ print("largest error of a column:", (columns - logits.logsumexp(0)).abs().max().
 # and $P^\top q$. The positives' $p - 1$ has no part in that: it would be rounded to the features' precision, and where a product adds up thousands of
 # small numbers in float32, one that is nearly 1 makes it round all that follow at its own size. A third kernel adds the positives' part afterwards, in
 # float32. Gradients are made together with the loss and only scaled in the backward pass. In torch, chunks of rows do the same, but for small
-# matrices on a CPU: up to four megabytes of logits, two in both directions, are made whole and left to autograd, which takes fewer calls. For a loss
-# without gradients one pass over chunks is enough. In float32 there
+# matrices on a CPU: up to four megabytes of logits, two in both directions, are made whole and left to autograd, which takes fewer calls, and without
+# gradients up to sixteen in one direction. In one direction, or without gradients, one pass over chunks is enough; both with gradients need a second one
+# for the columns' sums, and are made whole up to 64. Else a CPU's chunks are of sixteen megabytes: larger ones are memory that the system takes back
+# and has to clear again in the next call. In float32 there
 # are no tensor cores without TF32, and with gradients the matrix library alone is faster than the kernel: large batches go there unless the kernel
 # is asked for. A
 # backward pass all in one kernel, which would not write $p$ at all, has not been built and so not been compared.
@@ -235,7 +237,7 @@ plots.speeds(contrast, "forward + backward", title="InfoNCE, loss and gradients:
 # *One way* is one direction alone, which Eq. (2) and the in-modal losses are. Up to $B = 512$ the CPU's rows of *abd_core torch* are the plain composition
 # too, in both directions from one product where open_clip makes two. In one direction, what the check of the arguments takes is saved again by keeping
 # the numbers of the positives from call to call: both are some microseconds, and up to $B = 512$ the two are as fast as one another to a percent. The
-# loss alone, without gradients, is some percent slower than plain torch's at $B = 2048$ in these rows, and the faster one above.
+# loss alone, without gradients, is the plain composition up to $B = 2048$.
 
 # %% mystnb={"figure": {"caption": "Perturbing a batch, ratios to the first implementation."}, "image": {"alt": "Bars of how many times faster each implementation of perturbing is than the first"}}
 painting = measured[measured["benchmark"] == "perturb"]

@@ -263,7 +263,7 @@ def _forward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Chunks of rows: a pass for the columns' sums where there is more than one chunk, and a pass for all the rest.
 
-    Without `grads` there is one pass.
+    Without `grads`, or without a column's weight, there is one pass.
     """
     batch, (row_weight, column_weight) = len(queries), weights
     q, k = queries.to(scale.dtype), keys.to(scale.dtype)
