@@ -7,6 +7,7 @@ import signal
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
+import open_clip
 import pandas as pd
 import pytest
 import torch
@@ -358,12 +359,25 @@ def test_a_quiet_attack_whose_encoders_have_two_backward_passes_is_not_recorded(
 
 
 def test_a_quiet_attack_may_encode_some_rows_at_a_time(stand_in: Path, fp32: None, monkeypatch: pytest.MonkeyPatch):
-    """With statistics that are held still, they are the same but for rounding."""
-    original = torch.nn.Module.train
+    """With statistics that are held still, they are the same but for rounding.
+
+    The clean model is another than the one that training starts from: where the two are one, there is nothing to climb
+    but rounding, and a signed step makes much of it.
+    """
+    original, other = torch.nn.Module.train, models.frozen(models.load(stand_in / "victim.safetensors"))
     monkeypatch.setattr(torch.nn.Module, "train", lambda module, mode=True: original(module, False))
+    made: list[quiet.Quiet] = []
+
+    def against_other(model: open_clip.CLIP, base: open_clip.CLIP, *, seed: int) -> quiet.Quiet:
+        made.append(quiet.Quiet(model, other, seed=seed))
+        return made[-1]
+
+    monkeypatch.setattr(poison_module, "Quiet", against_other)
     whole, parts = (poison(POISON.replace(quiet_weight=1.0, epochs=1, micro_batch=size)) for size in (0, 8))
     shifts = [pd.read_csv(run.file("history.csv"))["shift"] for run in (whole, parts)]
     assert shifts[1].to_numpy() == pytest.approx(shifts[0].to_numpy(), rel=1e-4)
+    for one, same in zip(*(silent.pixels for silent in made), strict=True):  # of the last step
+        assert torch.isclose(one, same, rtol=0, atol=1e-6).float().mean() > 0.999
 
 
 def test_a_quiet_attack_goes_on_after_a_break_as_if_there_had_been_none(
