@@ -2,8 +2,9 @@
 
 A caption's feature is that of its last token, and attention looks back only: what stands after the end, which is half
 of a batch of captions, need not be computed. An image's feature, in a ResNet, is the attention's answer to one query,
-not to one for every place of the image. And torch's BatchNorm on a CPU takes channels one by one where they are
-fewer than its vectors are long, as in the stem of a narrow ResNet.
+not to one for every place of the image. And on a CPU, torch's BatchNorm takes channels one by one where they are fewer
+than its vectors are long, as in the stem of a narrow ResNet; in bf16, the convolution library is slow at few places of
+many channels, and products are compiled anew for each number of rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from abd_core import ranks
 
 VECTOR = 16  # float32 numbers in a vector of AVX-512
+POINTS = 4096  # places of a batch up to which a convolution of points is a product, in bf16
+ROWS = 64  # of a text batch under autocast, or a multiple
 
 
 class OneQueryPool(AttentionPool2d):
@@ -43,19 +46,34 @@ class OneQueryPool(AttentionPool2d):
         return self.c_proj(torch.einsum("bhc,hdc->bhd", mix, values).flatten(1) + self.v_proj.bias)
 
 
-def _places(channels: int) -> int:
-    """How many places of a map fill whole vectors together."""
-    return VECTOR // math.gcd(VECTOR, channels)
+def _lanes(x: torch.Tensor) -> int:
+    """How many of its numbers fill a vector; of float64, two vectors."""
+    return VECTOR * 4 // min(x.element_size(), 4)
+
+
+def _places(x: torch.Tensor) -> int:
+    """How many places of a map (B, C, H, W) fill whole vectors together."""
+    return _lanes(x) // math.gcd(_lanes(x), x.shape[1])
+
+
+def _ours(x: torch.Tensor) -> bool:
+    """Whether a map is to be computed as below: it is on a CPU, its channels last, and nothing looks on."""
+    return (
+        not torch.jit.is_tracing()  # what is traced may be read where nothing of this is known
+        and not torch.compiler.is_compiling()  # a compiler fuses layers with their neighbours
+        and not x.is_cuda
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
 
 
 def _table(x: torch.Tensor) -> torch.Tensor:
     """A map (B, C, H, W), channels last in memory, with `_places` in a row: (B * H * W / P, P * C), the same memory."""
-    return x.permute(0, 2, 3, 1).view(-1, _places(x.shape[1]) * x.shape[1])
+    return x.permute(0, 2, 3, 1).view(-1, _places(x) * x.shape[1])
 
 
 def _line(table: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, out: torch.Tensor) -> None:
     """out = slope * table + offset, by channels; computed in the type of `slope`, rounded once to that of `out`."""
-    slope, offset = (t.repeat(_places(len(t))) for t in (slope, offset))
+    slope, offset = (t.repeat(table.shape[1] // len(t)) for t in (slope, offset))
     zero, one, unused = torch.zeros_like(slope), torch.ones_like(slope), slope.new_empty(2, 0).unbind()
     torch.native_batch_norm(table, slope, offset, zero, one, False, 0.0, 0.0, out=(out, *unused))
 
@@ -96,7 +114,7 @@ class _Normalised(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         x, weight, mean, variance = ctx.saved_tensors
         table, grads = _table(x), _table(grad.contiguous(memory_format=torch.channels_last))
-        repeated = (t.repeat(_places(len(t))) for t in (weight, mean, variance))
+        repeated = (t.repeat(table.shape[1] // len(t)) for t in (weight, mean, variance))
         _, by_weight, by_bias = torch.ops.aten.native_batch_norm_backward(
             grads, table, *repeated, None, None, False, ctx.eps, [False, True, True]
         )
@@ -116,12 +134,10 @@ class ThinBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fits = (
-            not torch.jit.is_tracing()  # what is traced may be read where nothing of this is known
-            and not torch.compiler.is_compiling()  # a compiler fuses BatchNorm with its neighbours
-            and not x.is_cuda
+            _ours(x)
             and self.weight.dtype.itemsize >= 4
-            and x.is_contiguous(memory_format=torch.channels_last)
-            and x.shape[2] * x.shape[3] % _places(self.num_features) == 0
+            and x.shape[1] < _lanes(x)
+            and x.shape[2] * x.shape[3] % _places(x) == 0
         )
         if not fits:
             return super().forward(x)
@@ -133,17 +149,42 @@ class ThinBatchNorm(nn.BatchNorm2d):
         return y
 
 
+class PointConv(nn.Conv2d):
+    """`Conv2d` of one place at a time: on a CPU in bf16, of few places, it is a product of two matrices."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not (_ours(x) and x.dtype == torch.bfloat16 and x.numel() <= POINTS * self.in_channels):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+def _points(module: nn.Module) -> bool:
+    """Whether it is a convolution that answers for each place of a map, by all channels of that place."""
+    return (
+        type(module) is nn.Conv2d
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+        and module.bias is None
+    )
+
+
 def trim(model: open_clip.CLIP) -> None:
-    """Let a ResNet's pooling ask its one query, and its thin layers of BatchNorm work on vectors."""
+    """Let a ResNet's pooling ask its one query, thin layers of BatchNorm work on vectors, and points be multiplied."""
     for module in model.visual.modules():
+        if _points(module):
+            module.__class__ = PointConv
         if type(module) is AttentionPool2d:
             module.__class__ = OneQueryPool
-        if type(module) is nn.BatchNorm2d and module.num_features < VECTOR:
+        if type(module) is nn.BatchNorm2d and module.num_features < 2 * VECTOR:  # in bf16
             module.__class__ = ThinBatchNorm
 
 
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens)`, (B, D), on a CPU: tokens after each caption's end are left out.
+
+    Under autocast some of them stay, unseen by any feature: they fill the rows up to a multiple of `ROWS`. Products
+    in bf16 are compiled for each number of them.
 
     On a GPU, whose recorded encoders need batches of one shape, and for a model with an encoder of its own, one whose
     attention also looks ahead, or whose feature comes from another token, it is `model.encode_text`.
@@ -160,6 +201,9 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     kept = places <= ends[:, None]
     rows = kept.flatten().nonzero().squeeze(1)  # of the tokens that count, in the (B * width) of all
     last = kept.sum(1).cumsum(0) - 1  # each caption's end among them
+    if torch.is_autocast_enabled("cpu"):
+        spare = (~kept).flatten().nonzero().squeeze(1)
+        rows = torch.cat([rows, spare[: -len(rows) % ROWS]])
 
     def attention(block: nn.MultiheadAttention, x: torch.Tensor) -> torch.Tensor:
         projected = F.linear(x, block.in_proj_weight, block.in_proj_bias)
@@ -171,8 +215,8 @@ def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
         return block.out_proj(answers.transpose(1, 2).reshape(kept.numel(), -1).index_select(0, rows))
 
     dtype = model.transformer.get_cast_dtype()
-    x = model.token_embedding(tokens[:, :width][kept]).to(dtype)
-    x = x + F.embedding(places[kept], model.positional_embedding).to(dtype)
+    x = model.token_embedding(tokens[:, :width].flatten()[rows]).to(dtype)
+    x = x + F.embedding(places.flatten()[rows], model.positional_embedding).to(dtype)
     for block in model.transformer.resblocks:
         x = x + block.ls_1(attention(block.attn, block.ln_1(x)))
         if block is model.transformer.resblocks[-1]:

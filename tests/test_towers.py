@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from open_clip.modified_resnet import AttentionPool2d
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,6 +75,29 @@ def test_no_token_after_the_end_of_its_caption_is_encoded(monkeypatch: pytest.Mo
     tokens = tokenize(CAPTIONS, context_length=20)
     towers.encode_text(model, tokens)
     assert len(encoded[0]) == (tokens != 0).sum() < tokens.numel()
+
+
+def test_in_bf16_a_batch_of_captions_is_filled_up_to_a_multiple_of_tokens_which_change_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Products in bf16 are compiled for each number of rows, which is another one in each batch."""
+    model, linear = models.build(seed=1), F.linear
+    seen: set[int] = set()
+    monkeypatch.setattr(F, "linear", lambda x, *given: seen.add(len(x)) or linear(x, *given))
+    results = []
+    for multiple in (64, 1):
+        monkeypatch.setattr(towers, "ROWS", multiple)
+        for captions in (CAPTIONS, CAPTIONS[:2], ["dog " * 30] * 8):
+            tokens = tokenize(captions, context_length=20)
+            seen.clear()
+            with torch.autocast("cpu", torch.bfloat16):
+                features = towers.encode_text(model, tokens)
+            room = len(tokens) * (int(tokens.argmax(1).max()) + 1)
+            count = int((tokens != 0).sum())
+            assert seen == {min(math.ceil(count / multiple) * multiple, room), len(tokens)}
+            results.append((features, gradients(model, features, "")))
+    for filled, plain in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(filled, plain, rtol=2**-6, atol=1e-3)
 
 
 def test_a_text_tower_that_looks_ahead_or_pools_elsewhere_is_open_clips() -> None:
@@ -161,6 +187,47 @@ def test_a_relu_in_place_behind_a_batch_norm_of_few_channels_copies_nothing(trai
         torch.relu_(module(x)).square().sum().backward()
     assert counted.calls["aten.threshold_backward.default"] == 1
     assert counted.calls["aten.clone.default"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "product"),
+    [(torch.bfloat16, 16, True), (torch.bfloat16, 17, False), (torch.float32, 16, False), (torch.float64, 1, False)],
+)
+def test_a_convolution_of_few_points_is_a_product_in_bf16(dtype: torch.dtype, batch: int, product: bool) -> None:
+    """Against torch's convolution in float64, of the same rounded numbers."""
+    torch.manual_seed(batch)
+    reference = nn.Conv2d(8, 24, 1, bias=False).double()
+    reference.weight.data = reference.weight.data.to(dtype).double()
+    ours = copy.deepcopy(reference).to(dtype)
+    ours.__class__ = towers.PointConv
+    x, grad = (torch.randn(batch, channels, 16, 16).to(dtype) for channels in (8, 24))  # 256 places an image
+    results = []
+    for module, kind in ((ours, dtype), (reference, torch.float64)):
+        leaf = x.to(kind, memory_format=torch.channels_last).requires_grad_()
+        with Counted() as counted:
+            y = module(leaf)
+            y.backward(grad.to(kind, memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert (counted.calls["aten.convolution.default"] == 0) == (product and module is ours)
+        results.append((y, leaf.grad, module.weight.grad))
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    for found, expected in zip(*results, strict=True):
+        close = tolerance * expected.abs().max().item()
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=close, check_dtype=False)
+
+
+def test_only_convolutions_of_points_become_products() -> None:
+    visual = models.build().visual
+    changed = {name for name, module in visual.named_modules() if isinstance(module, towers.PointConv)}
+    convolutions = {name: module for name, module in visual.named_modules() if isinstance(module, nn.Conv2d)}
+    assert changed == {name for name, module in convolutions.items() if module.kernel_size == (1, 1)}
+    assert 0 < len(changed) < len(convolutions)
+    others = {"stride": 2, "padding": 1, "groups": 2, "bias": True}
+    for name, value in others.items():
+        other = nn.Conv2d(4, 4, 1, **{"bias": False, name: value})
+        visual.other = other
+        towers.trim(SimpleNamespace(visual=visual))
+        assert type(other) is nn.Conv2d
 
 
 def test_batch_norm_in_training_passes_gradcheck() -> None:
