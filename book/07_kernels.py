@@ -291,8 +291,9 @@ plots.roofline(own_time, measures, title="Achieved, and each benchmark's ceiling
 # %% [markdown]
 # ### What was asked, and what was reached
 #
-# The bars that were set before there was a kernel, against the figures on an H200 and on two cores. Rows are of several revisions (`git_sha` in the
-# table): the H200's of training steps, of reading tars and of the adversary are of earlier kernels than those of the kernels themselves.
+# The bars that were set before there was a kernel, against the figures on an H200 and on two cores, of an AMD EPYC and of an Intel Xeon with a matrix
+# unit for bf16 (AMX). Rows are of several revisions (`git_sha` in the table): the H200's of training steps, of reading tars and of the adversary are of
+# earlier kernels than those of the kernels themselves, and the EPYC's of training steps of towers in which fewer convolutions are products.
 
 # %%
 import itertools
@@ -352,7 +353,10 @@ pd.DataFrame(reached).T
 # is. Its share of the bandwidth varies by a point or two from run to run; the bar's copy is of 256 MiB, in which a kernel's start and end count for less
 # than in a batch of 110, and a patch's share counts the copy of its places to the GPU. The gradient of a patch reads so little that the start of its
 # kernels is most of its time.
-# On two cores FT's and ABD's steps are twice as fast as the plain loop's by a little. In turns of some seconds each, which others' use of the machine meets
+# On the EPYC FT's and ABD's steps are twice as fast as the plain loop's by a little, and on the Xeon not quite. Its matrix unit multiplies
+# bf16 several times as fast as its cores multiply float32 (the ceilings in `benchmarks/results.csv`), so that products are the smaller part of a step.
+# The rest passes over memory or costs its start: BatchNorm, ReLU, sums, casts and the optimiser, which the plain loop has too. A compiler fuses some of
+# that, and compiled they are about twice as fast. In turns of some seconds each, which others' use of the machine meets
 # unequally, runs of nearly the same code came out on either side of two; that is why steps are taken beside one another now. The
 # plain loop's own time in the table is of runs of its own, at other moments, and divided by another's it is not that ratio. ABD has longer captions too,
 # since EDA adds words to them, and the plain loop's are left as they are: *plain loop, patch and EDA* is ABD's step in plain torch.
@@ -416,7 +420,9 @@ whole.reindex(steps["variant"].unique()).dropna(how="all").map(lambda share: "" 
 # **Computing less.** A caption's feature is that of its last token, which looks back only, so that what stands after it need not be encoded. A ResNet's
 # feature is the pool's answer to one query: with the matrices of its keys and values on the side of the query, they multiply one row an image in the
 # place of one a pixel. And torch's BatchNorm takes channels one by one where they are fewer than a vector holds; seen as a table with several pixels a
-# row, they fill vectors ([`abd_core.towers`](api.md#abd_coretowers)). Rows named "open_clip's towers" are of the same loop without it.
+# row, they fill vectors. In bf16, a CPU's convolutions of one pixel at a time are slow where maps are small: they are the products that they amount to.
+# And a product in bf16 is compiled for each number of rows, another one in each batch of captions: these are filled up to 64 tokens or a multiple, with
+# some of those that no feature sees ([`abd_core.towers`](api.md#abd_coretowers)). Rows named "open_clip's towers" are of the same loop without all this.
 #
 # **Waiting for the CPU.** Where the share is small, a step waits for something else: on a fast GPU for the CPU, which launches the encoders' many
 # small kernels, splits captions into tokens and rewrites them (EDA). For that reason training on a GPU records the forward and the backward pass of
