@@ -23,7 +23,7 @@ from abd_core import ranks
 
 VECTOR = 16  # float32 numbers in a vector of AVX-512
 POINTS = 4096  # places of a batch up to which a convolution of points is a product, in bf16
-ROWS = 64  # of a text batch under autocast, or a multiple
+ROWS = 64  # a text batch has a multiple of, under autocast
 
 
 class OneQueryPool(AttentionPool2d):
@@ -56,8 +56,8 @@ def _places(x: torch.Tensor) -> int:
     return _lanes(x) // math.gcd(_lanes(x), x.shape[1])
 
 
-def _ours(x: torch.Tensor) -> bool:
-    """Whether a map is to be computed as below: it is on a CPU, its channels last, and nothing looks on."""
+def _eager_cpu(x: torch.Tensor) -> bool:
+    """Whether a map is on a CPU, channels last in memory, and neither traced nor compiled."""
     return (
         not torch.jit.is_tracing()  # what is traced may be read where nothing of this is known
         and not torch.compiler.is_compiling()  # a compiler fuses layers with their neighbours
@@ -134,7 +134,7 @@ class ThinBatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         fits = (
-            _ours(x)
+            _eager_cpu(x)
             and self.weight.dtype.itemsize >= 4
             and x.shape[1] < _lanes(x)
             and x.shape[2] * x.shape[3] % _places(x) == 0
@@ -153,7 +153,7 @@ class PointConv(nn.Conv2d):
     """`Conv2d` of one place at a time: on a CPU in bf16, of few places, it is a product of two matrices."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not (_ours(x) and x.dtype == torch.bfloat16 and x.numel() <= POINTS * self.in_channels):
+        if not (_eager_cpu(x) and x.dtype == torch.bfloat16 and x.numel() <= POINTS * self.in_channels):
             return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
 
@@ -176,15 +176,15 @@ def trim(model: open_clip.CLIP) -> None:
             module.__class__ = PointConv
         if type(module) is AttentionPool2d:
             module.__class__ = OneQueryPool
-        if type(module) is nn.BatchNorm2d and module.num_features < 2 * VECTOR:  # in bf16
+        if type(module) is nn.BatchNorm2d and module.num_features < 2 * VECTOR:  # that many fill one in bf16
             module.__class__ = ThinBatchNorm
 
 
 def encode_text(model: open_clip.CLIP, tokens: torch.Tensor) -> torch.Tensor:
     """`model.encode_text(tokens)`, (B, D), on a CPU: tokens after each caption's end are left out.
 
-    Under autocast some of them stay, unseen by any feature: they fill the rows up to a multiple of `ROWS`. Products
-    in bf16 are compiled for each number of them.
+    Under autocast some of them stay, unseen by any feature: they fill the rows up to a multiple of `ROWS`, since
+    products in bf16 are compiled for each number of rows.
 
     On a GPU, whose recorded encoders need batches of one shape, and for a model with an encoder of its own, one whose
     attention also looks ahead, or whose feature comes from another token, it is `model.encode_text`.

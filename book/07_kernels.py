@@ -293,7 +293,8 @@ plots.roofline(own_time, measures, title="Achieved, and each benchmark's ceiling
 #
 # The bars that were set before there was a kernel, against the figures on an H200 and on two cores, of an AMD EPYC and of an Intel Xeon with a matrix
 # unit for bf16 (AMX). Rows are of several revisions (`git_sha` in the table): the H200's of training steps, of reading tars and of the adversary are of
-# earlier kernels than those of the kernels themselves, and the EPYC's of training steps of towers in which fewer convolutions are products.
+# earlier kernels than those of the kernels themselves, and the EPYC's of training steps and of the adversary are of towers without what is
+# said of bf16 below (*Computing less*).
 
 # %%
 import itertools
@@ -421,8 +422,8 @@ whole.reindex(steps["variant"].unique()).dropna(how="all").map(lambda share: "" 
 # feature is the pool's answer to one query: with the matrices of its keys and values on the side of the query, they multiply one row an image in the
 # place of one a pixel. And torch's BatchNorm takes channels one by one where they are fewer than a vector holds; seen as a table with several pixels a
 # row, they fill vectors. In bf16, a CPU's convolutions of one pixel at a time are slow where maps are small: they are the products that they amount to.
-# And a product in bf16 is compiled for each number of rows, another one in each batch of captions: these are filled up to 64 tokens or a multiple, with
-# some of those that no feature sees ([`abd_core.towers`](api.md#abd_coretowers)). Rows named "open_clip's towers" are of the same loop without all this.
+# And a product in bf16 is compiled for each number of rows, which is another one in each batch of captions: batches are filled up to a multiple of 64
+# tokens, with some of those that no feature sees ([`abd_core.towers`](api.md#abd_coretowers)). Rows named "open_clip's towers" are of the same loop without all this.
 #
 # **Waiting for the CPU.** Where the share is small, a step waits for something else: on a fast GPU for the CPU, which launches the encoders' many
 # small kernels, splits captions into tokens and rewrites them (EDA). For that reason training on a GPU records the forward and the backward pass of
