@@ -216,6 +216,25 @@ def test_a_convolution_of_few_points_is_a_product_in_bf16(dtype: torch.dtype, ba
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=close, check_dtype=False)
 
 
+def test_the_weights_of_a_product_are_trained_as_plain_adamw_trains_them() -> None:
+    """On a CPU, torch's fused AdamW is silently wrong where a gradient lies otherwise than a weight."""
+    torch.manual_seed(0)
+    module = nn.Conv2d(8, 24, 1, bias=False).to(memory_format=torch.channels_last)
+    module.__class__ = towers.PointConv
+    x = torch.randn(4, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16), Counted() as counted:
+        y = module(x.bfloat16())
+    assert counted.calls["aten.convolution.default"] == 0
+    (y.float() - torch.randn(4, 24, 4, 4)).square().mean().backward()
+    trained = []
+    for fused in (True, False):
+        weight = nn.Parameter(module.weight.detach().clone(memory_format=torch.preserve_format))
+        weight.grad = module.weight.grad
+        torch.optim.AdamW([weight], lr=0.1, fused=fused, foreach=False).step()
+        trained.append(weight.detach())
+    torch.testing.assert_close(*trained)
+
+
 def test_only_convolutions_of_points_become_products() -> None:
     visual = models.build().visual
     changed = {name for name, module in visual.named_modules() if isinstance(module, towers.PointConv)}
